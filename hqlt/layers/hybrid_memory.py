@@ -1,0 +1,215 @@
+"""The layer: project, read two memories, mix, project back."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hqlt.config import MemoryConfig
+from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
+from hqlt.layers.kv_memory import read_kv_memory
+from hqlt.layers.mixers import Mixer
+from hqlt.layers.schedule import Schedule
+from hqlt.layers.segments import Segments, Span
+from hqlt.layers.state import MemoryState, compact
+from hqlt.layers.update_rules import RULES, UpdateRule
+from hqlt.ops import short_convolution
+
+
+class HybridMemory(nn.Module):
+    r"""One sequence layer that blends KV memory and FW memory.
+
+    .. math:: q, k = W_q x, W_k x, \quad v = \mathrm{silu}(W_v x), \quad
+              y = W_o \, \mathrm{RMSNorm}(\mathrm{mix}(\mathrm{FW}(q, k, v), \mathrm{KV}(q, k, v))) .
+
+    KV memory sees raw (rotated) query and key, FW memory their normalised SiLU; both see the same value. Which tokens
+    each memory holds is the schedule's business (:class:`hqlt.layers.schedule.Schedule`). Without FW memory the layer
+    is standard softmax attention: raw value, no output norm.
+
+    Source: paper section 3, Eq. 10–15; the value's SiLU and the output norm are in the published code only.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        if not isinstance(config, MemoryConfig):
+            raise TypeError(f"HybridMemory takes a MemoryConfig, not {type(config).__name__}")
+        self.config = config
+        self.schedule = Schedule.of(config)
+        width, heads = config.hidden_size, config.num_heads
+        key_width, value_width = heads * config.key_dim, heads * config.value_dim
+        self.query_proj = nn.Linear(width, key_width, bias=config.bias)
+        self.key_proj = nn.Linear(width, key_width, bias=config.bias)
+        self.value_proj = nn.Linear(width, value_width, bias=config.bias)
+        self.convolution: nn.Conv1d | None = None
+        if config.short_convolution:
+            channels = 2 * key_width + value_width
+            self.convolution = nn.Conv1d(channels, channels, config.conv_size, groups=channels, bias=False)
+        self.update_rule: UpdateRule | None = None
+        self.output_norm: nn.RMSNorm | None = None
+        if config.update_rule is not None:
+            self.update_rule = RULES[config.update_rule](config)
+            self.output_norm = nn.RMSNorm(config.value_dim, eps=config.norm_eps)
+        self.mixer = Mixer(config) if config.kv_memory and config.update_rule is not None else None
+        self.gate_proj = nn.Linear(width, value_width, bias=False) if config.output_gate else None
+        self.output_proj = nn.Linear(value_width, width, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: MemoryState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, MemoryState]:
+        """Continue N documents by new tokens.
+
+        Args:
+            x: [B, T, D].
+            state: what a previous call returned, or None at the start of the documents. Gradients flow through it.
+            attention_mask: [B, T] for the new tokens, 1 or True at real ones; pads may lie left, right or both. A pad
+                writes nothing into either memory and its output is 0.
+            cu_seqlens: int tensor [N + 1], borders 0, …, T of N documents packed into one row (B = 1).
+
+        Returns:
+            y [B, T, D] and the state after the last token of each document.
+
+        Raises:
+            TypeError: x is not of the parameters' floating dtype.
+            ValueError: shapes, a mask with holes, borders that do not increase, a state of another batch.
+        """
+        self._check_input(x)
+        segments = Segments((x.shape[0], x.shape[1]), _position(state), attention_mask, cu_seqlens, x.device)
+        y, state = self.advance(segments.pack(x), state, segments)
+        return segments.unpack(y), state
+
+    def advance(self, x: Tensor, state: MemoryState | None, segments: Segments) -> tuple[Tensor, MemoryState]:
+        """:meth:`forward` on tokens that ``segments`` has packed; models call it to pack once for all layers."""
+        whole = self._empty_state(segments.documents, x)
+        if state is not None:
+            self._check_state(state, whole)
+            whole = state
+        if segments.empty:
+            return torch.zeros_like(x), whole
+        past = whole if segments.rows is None else whole.select(segments.rows)
+        span = segments.span(self.schedule)
+        query, key, value, convolution = self._project(x, past, span)
+        kept = {"key": span.join(past.key, key), "value": span.join(past.value, value)}
+        tokens = (query, kept["key"], kept["value"])
+        reads, fast_weight = [], None
+        if self.update_rule is not None:
+            beta, log_decay = self.update_rule.gates(x)
+            if self.schedule.anchored:
+                kept["beta"] = beta = span.join(past.beta, beta)
+                if log_decay is not None:
+                    kept["log_decay"] = log_decay = span.join(past.log_decay, log_decay)
+                read, fast_weight = read_fw_chunks(
+                    self.update_rule, self.config.window or 1, *tokens, (beta, log_decay), past, span
+                )
+            else:
+                gates = (beta, log_decay)
+                read, fast_weight = read_fw_memory(self.update_rule, self.schedule, *tokens, gates, past, span)
+            reads.append(read)
+        if self.config.kv_memory:
+            reads.append(read_kv_memory(*tokens, span, self.config, self._attention_dropout()))
+        new = MemoryState(
+            position=torch.tensor(segments.position),
+            fast_weight=fast_weight,
+            convolution=convolution,
+            **({name: span.keep(joined) for name, joined in kept.items()} if self.config.kv_memory else {}),
+        )
+        y = self._output(x, reads)
+        return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
+
+    def _attention_dropout(self) -> float:
+        return self.config.dropout if self.training and self.update_rule is None else 0.0
+
+    def _check_input(self, x: Tensor) -> None:
+        config, weight = self.config, self.query_proj.weight
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor [B, T, {config.hidden_size}], not {kind}")
+        if x.dim() != 3 or x.shape[-1] != config.hidden_size:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, T, D] with D = {config.hidden_size}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x is {x.dtype} but the layer's weights are {weight.dtype}; convert one of them")
+
+    def _check_state(self, state: MemoryState, empty: MemoryState) -> None:
+        """The state has the parts, sizes and KV length of this layer's configuration."""
+        if not isinstance(state, MemoryState):
+            raise TypeError(f"state must be a MemoryState, not {type(state).__name__}")
+        held = max(self.schedule.held(p) for p in state.position.tolist())
+        for name in ("fast_weight", "key", "value", "beta", "log_decay", "convolution"):
+            given, expected = getattr(state, name), getattr(empty, name)
+            shape = None if expected is None else list(expected.shape)
+            if shape is not None and name in ("key", "value", "beta", "log_decay"):
+                shape[1] = held
+            if (None if given is None else list(given.shape)) != shape:
+                raise ValueError(
+                    f"state.{name} has shape {None if given is None else tuple(given.shape)} but this layer carries "
+                    f"{None if shape is None else tuple(shape)}; the state comes from another configuration"
+                )
+
+    def _empty_state(self, documents: int, x: Tensor) -> MemoryState:
+        config, heads = self.config, self.config.num_heads
+        beta = self.schedule.anchored
+        return MemoryState(
+            position=torch.zeros(documents, dtype=torch.long),
+            fast_weight=None if self.update_rule is None else self.update_rule.zeros(documents, x),
+            key=x.new_zeros(documents, 0, heads, config.key_dim) if config.kv_memory else None,
+            value=x.new_zeros(documents, 0, heads, config.value_dim) if config.kv_memory else None,
+            beta=x.new_zeros(documents, 0, heads) if beta else None,
+            log_decay=x.new_zeros(documents, 0, heads) if beta and config.update_rule == "gated_delta" else None,
+            convolution=None
+            if self.convolution is None
+            else x.new_zeros(documents, config.conv_size - 1, self.convolution.in_channels),
+        )
+
+    def _project(self, x: Tensor, past: MemoryState, span: Span) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Query, key [B, T, H, K], value [B, T, H, V] and the convolution's next past."""
+        query, key, value = self.query_proj(x), self.key_proj(x), self.value_proj(x)
+        convolution = None
+        if self.convolution is not None:
+            widths = [query.shape[-1], key.shape[-1], value.shape[-1]]
+            mixed = torch.cat([query, key, value], -1)
+            assert past.convolution is not None
+            before = past.convolution.to(mixed.dtype)
+            convolution = _last_inputs(before, mixed, span.borders)
+            mixed = short_convolution(mixed, self.convolution.weight.to(mixed.dtype), before, span.borders)
+            query, key, value = mixed.split(widths, -1)
+        if self.update_rule is not None:
+            value = self.dropout(F.silu(value))
+            if self.config.kv_memory:
+                query, key = self.dropout(query), self.dropout(key)
+        heads = (self.config.num_heads, -1)
+        return query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads), convolution
+
+    def _output(self, x: Tensor, reads: list[Tensor]) -> Tensor:
+        if self.mixer is not None:
+            fw_read, kv_read = reads
+            mixed: Tensor = self.mixer(x, fw_read, kv_read)
+        else:
+            (mixed,) = reads
+        if self.output_norm is not None:
+            mixed = self.output_norm(mixed)
+        mixed = mixed.flatten(2)
+        if self.gate_proj is not None:
+            mixed = mixed * F.silu(self.gate_proj(x))
+        y: Tensor = self.dropout(self.output_proj(mixed))
+        return y
+
+
+def _position(state: MemoryState | None) -> Tensor | None:
+    return None if state is None else state.position
+
+
+def _last_inputs(past: Tensor, new: Tensor, borders: list[int] | None) -> Tensor:
+    """The last C − 1 inputs of each document, [N, C − 1, channels]."""
+    size = past.shape[1]
+    if borders is None:
+        return compact(torch.cat([past, new[:, -size:]], 1)[:, -size:])
+    spans = [new[0, max(a, b - size) : b] for a, b in pairwise(borders)]
+    return torch.stack([torch.cat([past[n], span])[-size:] for n, span in enumerate(spans)])

@@ -1,0 +1,40 @@
+"""KV memory: softmax attention of the current queries to the tokens it holds."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hqlt.config import MemoryConfig
+from hqlt.layers.segments import Span
+from hqlt.ops import rotary, window_attention
+
+
+def read_kv_memory(
+    query: Tensor, keys: Tensor, values: Tensor, span: Span, config: MemoryConfig, dropout: float = 0.0
+) -> Tensor:
+    """Read KV memory (paper Eq. 9).
+
+    Positions for RoPE count from the oldest token held: only differences matter, angles stay small, and decoding
+    reuses one table however long the document gets.
+
+    Args:
+        query: [B, T, H, K], raw. keys, values: carried and new tokens, joined by ``span``, unrotated.
+        dropout: on the attention weights.
+
+    Returns:
+        [B, T, H, V].
+    """
+    if config.position_encoding == "rope":
+        query = rotary(query, span.query_position, span.longest, config.rope_base)
+        keys = rotary(keys, span.key_position, span.longest, config.rope_base)
+    return window_attention(
+        query,
+        keys,
+        values,
+        window=config.window,
+        anchored=config.schedule == "delayed_chunk",
+        cu_seqlens=span.cu_seqlens,
+        key_cu_seqlens=span.key_cu_seqlens,
+        dropout=dropout,
+        backend=config.backend,
+    )

@@ -1,0 +1,68 @@
+"""Mixers: how the reads of the two memories combine."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hqlt.config import MemoryConfig
+
+
+class Mixer(nn.Module):
+    """o = a ⊙ fw_read + b ⊙ kv_read, with weights a and b that the kind of mixer decides (paper section 3.3).
+
+    ==========================  =====================================  ================
+    mixer                       a, b                                   extra parameters
+    ==========================  =====================================  ================
+    ``sum``                     1, 1                                   0
+    ``static_scalar``           learnable scalars, 1 at the start      2
+    ``dynamic_scalar``          σ(W x) ∈ R^{2H}, one pair per head     2·H·D
+    ``dynamic_vector``          γ = σ(W x) ∈ R^{H×V}, a = γ, b = 1−γ   D·H·V
+    ``dynamic_vector_separate`` σ(W x) ∈ R^{H×2V}, independent         2·D·H·V
+    ==========================  =====================================  ================
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.kind = config.mixer
+        self.heads, self.value_dim = config.num_heads, config.value_dim
+        if self.kind == "static_scalar":
+            self.fw_scale = nn.Parameter(torch.ones(1))
+            self.kv_scale = nn.Parameter(torch.ones(1))
+        elif self.kind != "sum":
+            width = self.heads * {"dynamic_scalar": 2, "dynamic_vector": self.value_dim}.get(
+                self.kind, 2 * self.value_dim
+            )
+            self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Static scales back to 1."""
+        if self.kind == "static_scalar":
+            nn.init.ones_(self.fw_scale)
+            nn.init.ones_(self.kv_scale)
+
+    def weights(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (a of FW memory, b of KV memory), broadcastable to [B, T, H, V], from the input [B, T, D]."""
+        if self.kind == "sum":
+            one = x.new_ones(1)
+            return one, one
+        if self.kind == "static_scalar":
+            return self.fw_scale, self.kv_scale
+        gate = self.gate_proj(x).sigmoid()
+        if self.kind == "dynamic_scalar":
+            fw, kv = gate.unsqueeze(-1).chunk(2, 2)
+            return fw, kv
+        gate = gate.unflatten(-1, (self.heads, -1))
+        if self.kind == "dynamic_vector":
+            return gate, 1 - gate
+        fw, kv = gate.chunk(2, -1)
+        return fw, kv
+
+    def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> Tensor:
+        """Combine two reads [B, T, H, V] by the input [B, T, D]."""
+        if self.kind == "sum":
+            return fw_read + kv_read
+        fw, kv = self.weights(x)
+        if self.kind == "dynamic_vector":
+            return torch.lerp(kv_read, fw_read, fw)
+        return fw * fw_read + kv * kv_read

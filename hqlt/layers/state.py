@@ -1,0 +1,115 @@
+"""The state of a layer and of a model: one value for training, prefill, decoding and carry-over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """What one layer carries from one segment of a document to the next, for N documents.
+
+    Attributes:
+        position: tokens seen by each document, int64 [N] on the host, so that control flow never waits for a device.
+        fast_weight: FW memory, [N, H, K, V] ([N, H, K, V + 1] for linear attention), at least float32.
+        key, value: KV memory, [N, n, H, K] and [N, n, H, V]: unrotated, oldest first, zeros after a document's last.
+        beta, log_decay: gates of the same tokens, [N, n, H], where the schedule writes them later with their own.
+        convolution: last inputs of the short convolution on query, key and value, [N, C − 1, 2·H·K + H·V].
+    """
+
+    position: Tensor
+    fast_weight: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    beta: Tensor | None = None
+    log_decay: Tensor | None = None
+    convolution: Tensor | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Documents N."""
+        return self.position.shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
+        """The state with the function applied to every tensor."""
+        return MemoryState(**{name: function(x) for name, x in self.tensors().items()})
+
+    def detach(self) -> MemoryState:
+        """The same values without their history (truncated backpropagation through time)."""
+        return self.map(lambda x: x.detach())
+
+    def select(self, rows: Tensor) -> MemoryState:
+        """The states of these documents, in this order; a document may be repeated."""
+        return self.map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def replace_rows(self, rows: Tensor, other: MemoryState) -> MemoryState:
+        """This state with the given documents taken from ``other``."""
+        merged = {}
+        for name, theirs in other.tensors().items():
+            mine = self.tensors()[name].to(theirs.dtype)
+            if mine.dim() > 1 and mine.shape[1] != theirs.shape[1]:  # KV memories of different lengths
+                longest = max(mine.shape[1], theirs.shape[1])
+                mine, theirs = _lengthen(mine, longest), _lengthen(theirs, longest)
+            merged[name] = mine.index_copy(0, rows.to(mine.device), theirs)
+        return MemoryState(**merged)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(x.numel() * x.element_size() for x in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that this layer has, by name."""
+        parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+
+def _lengthen(x: Tensor, length: int) -> Tensor:
+    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - x.shape[1]))
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """The states of a model's layers, in order."""
+
+    layers: tuple[MemoryState, ...]
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens seen by each document, int64 [N] on the host."""
+        return self.layers[0].position
+
+    @property
+    def batch_size(self) -> int:
+        """Documents N."""
+        return self.layers[0].batch_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(layer.num_bytes for layer in self.layers)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ModelState:
+        """The state with the function applied to every tensor."""
+        return ModelState(tuple(layer.map(function) for layer in self.layers))
+
+    def detach(self) -> ModelState:
+        """The same values without their history (truncated backpropagation through time)."""
+        return ModelState(tuple(layer.detach() for layer in self.layers))
+
+    def select(self, rows: Tensor) -> ModelState:
+        """The states of these documents, in this order; a document may be repeated."""
+        return ModelState(tuple(layer.select(rows) for layer in self.layers))
+
+
+def compact(x: Tensor) -> Tensor:
+    """A copy where x is a view of something larger, so that a state does not keep a whole sequence alive."""
+    if x.untyped_storage().nbytes() > x.numel() * x.element_size():
+        return x.clone(memory_format=torch.contiguous_format)
+    return x

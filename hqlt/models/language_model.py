@@ -1,0 +1,185 @@
+"""Plain-torch models: a sequence model on embeddings, and the causal language model around it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hqlt.config import ModelConfig
+from hqlt.layers.block import Block, make_norm
+from hqlt.layers.mixers import Mixer
+from hqlt.layers.segments import Segments
+from hqlt.layers.state import ModelState
+from hqlt.layers.update_rules import GatedDeltaRule
+
+IGNORE = -100
+
+
+class SequenceModel(nn.Module):
+    """Blocks and the final norm, from embeddings [B, T, D] to hidden states [B, T, D]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config, ModelConfig):
+            raise TypeError(f"a model takes a ModelConfig, not {type(config).__name__}")
+        self.config = config
+        self.blocks = nn.ModuleList(Block(config, memory) for memory in config.memories)
+        self.norm = make_norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+        if type(self) is SequenceModel:
+            self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw all weights: N(0, initializer_range), norms 1, biases 0, and the residual rescale if configured.
+
+        Source: specification of the published models; a module owning an output or down projection re-draws it from
+        U(±1/√fan_in) / √(2N).
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, GatedDeltaRule, Mixer)):
+                module.reset_parameters()
+        if self.config.rescale_residual:
+            for name, weight in self.named_parameters():
+                if name.endswith(("output_proj.weight", "down_proj.weight")):
+                    bound = weight.shape[1] ** -0.5 / math.sqrt(2 * self.config.num_hidden_layers)
+                    nn.init.uniform_(weight, -bound, bound)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Continue N documents by new tokens; arguments and errors as :meth:`hqlt.HybridMemory.forward`."""
+        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, T, D] with D = {self.config.hidden_size}")
+        if state is not None and not isinstance(state, ModelState):
+            raise TypeError(f"state must be a ModelState, not {type(state).__name__}")
+        if state is not None and len(state.layers) != len(self.blocks):
+            raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self.blocks)}")
+        past = None if state is None else state.position
+        segments = Segments((x.shape[0], x.shape[1]), past, attention_mask, cu_seqlens, x.device)
+        # Dropout before the positions are added, as in the published models.
+        x = self.dropout(segments.pack(x))
+        if self.config.position_embedding == "sinusoidal":
+            x = x + sinusoidal(segments.token_positions(), self.config.hidden_size).to(x.dtype)
+        layers = []
+        for n, block in enumerate(self.blocks):
+            x, layer = block(x, None if state is None else state.layers[n], segments)
+            layers.append(layer)
+        return segments.unpack(self.norm(x)), ModelState(tuple(layers))
+
+
+class LanguageModel(SequenceModel):
+    """Embedding, blocks, final norm and head: a causal language model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.init_weights()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Logits of the next token.
+
+        Args:
+            input_ids: integer tensor [B, T], ids in 0 … vocab_size − 1.
+            state, attention_mask, cu_seqlens: as :meth:`hqlt.HybridMemory.forward`.
+
+        Returns:
+            logits [B, T, vocab_size] and the state after the last token. At a pad the logits mean nothing.
+
+        Raises:
+            TypeError, ValueError: input_ids that are not integers, not [B, T] or outside the vocabulary, and as
+                :meth:`hqlt.HybridMemory.forward`.
+        """
+        hidden, state = self.hidden_states(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        return self.head(hidden), state
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Hidden states [B, T, D] after the final norm, and the state; arguments as :meth:`forward`."""
+        self._check_ids(input_ids)
+        return super().forward(
+            self.embedding(input_ids), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens
+        )  # fmt: skip
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        state: ModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """Mean next-token cross-entropy in nats.
+
+        Args:
+            labels: [B, T], by default ``input_ids``; shifted here, so labels[t + 1] is the target of token t. −100 is
+                ignored, and so are pads and the first token of a packed document.
+            input_ids, state, attention_mask, cu_seqlens: as :meth:`forward`.
+
+        Returns:
+            a float32 scalar and the state after the last token.
+        """
+        hidden, state = self.hidden_states(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+        labels = (input_ids if labels is None else labels).long().clone()
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}")
+        if attention_mask is not None:
+            labels[~attention_mask.bool()] = IGNORE
+        if cu_seqlens is not None:
+            labels[:, cu_seqlens[:-1].long()] = IGNORE
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        used = targets != IGNORE
+        if not bool(used.any()):
+            raise ValueError(
+                "no token has a target: pass at least two tokens of one document, or labels that are not all -100"
+            )
+        # Only positions with a target reach the head: tasks that supervise one token per row pay for one.
+        logits = self.head(hidden[used])
+        return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets[used]), state
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"input_ids must be an int32 or int64 tensor, not {kind}")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected [B, T]")
+        if input_ids.numel() and input_ids.device.type == "cpu":
+            low, high = (int(x) for x in input_ids.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                bad = low if low < 0 else high
+                raise ValueError(f"token id {bad} is outside the vocabulary 0 … {self.config.vocab_size - 1}")
+
+
+def sinusoidal(position: Tensor, width: int, base: float = 10000.0) -> Tensor:
+    """Fixed position code [..., D]: sine on even and cosine on odd channels (Vaswani et al., 2017), float64."""
+    frequency = base ** (-torch.arange(0, width, 2, dtype=torch.float64, device=position.device) / width)
+    angle = position[..., None].double() * frequency
+    return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)

@@ -1,0 +1,59 @@
+"""The delta rule."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hqlt.ops.backend import choose_backend
+from hqlt.ops.delta.chunked import delta_rule_chunked
+from hqlt.ops.delta.reference import delta_rule_reference
+from hqlt.ops.fast_weight import check_fast_weight
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reads: str = "token",
+    period: int | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    r"""Write each token into a fast weight by the delta rule and read it with the query.
+
+    Per head, from M_0 = ``initial_state`` or 0 (paper Eq. 6–8):
+
+    .. math:: M_t = M_{t-1} + k_t \, \beta_t (v_t - M_{t-1}^\top k_t)^\top, \qquad o_t = s \, M_t^\top q_t .
+
+    Args:
+        query, key: [B, T, H, K]; keys are used as given, normalise them for β up to 2 to be stable.
+        value: [B, T, H, V].
+        beta: write strength [B, T, H].
+        scale: s; None is K^-1/2.
+        initial_state: [N, H, K, V], float32 (float64 for float64 inputs); N documents, B without ``cu_seqlens``.
+        cu_seqlens: int tensor [N + 1], borders of documents packed into one row (B = 1): 0, …, T.
+        reads: ``token`` reads after the token's own write; ``chunk`` reads the state at the last multiple of
+            ``period`` since the start of the document, so that no token sees its own chunk.
+        period: tokens between the states that chunk reads see.
+        backend: ``reference`` (recurrence), ``chunked``, or ``auto`` (recurrence for T = 1, else chunked).
+        chunk_size: tokens in a tile of the chunked form; changes a result by rounding only.
+
+    Returns:
+        read [B, T, H, V] in the input dtype, and the final state [N, H, K, V] in the state dtype.
+
+    Raises:
+        TypeError: a dtype that is not floating, or differs between inputs.
+        ValueError: shapes, borders, options that do not fit.
+    """
+    borders, period = check_fast_weight(
+        query, key, value, {"beta": beta}, initial_state, cu_seqlens, reads, period, chunk_size
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if choose_backend(backend, query.shape[1]) == "reference":
+        return delta_rule_reference(query, key, value, beta, scale, initial_state, borders, period)
+    return delta_rule_chunked(query, key, value, beta, None, scale, initial_state, borders, period, chunk_size)

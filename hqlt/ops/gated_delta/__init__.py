@@ -1,0 +1,53 @@
+"""The gated delta rule."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hqlt.ops.backend import choose_backend
+from hqlt.ops.delta.chunked import delta_rule_chunked
+from hqlt.ops.fast_weight import check_fast_weight
+from hqlt.ops.gated_delta.reference import gated_delta_rule_reference
+
+
+def gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reads: str = "token",
+    period: int | None = None,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    r"""The delta rule on a fast weight that decays before each write.
+
+    .. math:: M' = e^{g_t} M_{t-1}, \qquad M_t = M' + k_t \, \beta_t (v_t - M'^\top k_t)^\top, \qquad
+              o_t = s \, M_t^\top q_t .
+
+    Args:
+        log_decay: g ≤ 0, [B, T, H]; 0 is no decay (the plain delta rule).
+        query, key, value, beta, scale, initial_state, cu_seqlens, reads, period, backend, chunk_size: as in
+            :func:`hqlt.ops.delta_rule`. A chunk read sees the state at the chunk's start, undecayed.
+
+    Returns:
+        read [B, T, H, V] in the input dtype, and the final state [N, H, K, V] in the state dtype.
+
+    Raises:
+        TypeError, ValueError: as :func:`hqlt.ops.delta_rule`.
+
+    Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (2025), Eq. 10.
+    """
+    gates = {"beta": beta, "log_decay": log_decay}
+    borders, period = check_fast_weight(
+        query, key, value, {**gates}, initial_state, cu_seqlens, reads, period, chunk_size
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if choose_backend(backend, query.shape[1]) == "reference":
+        return gated_delta_rule_reference(query, key, value, beta, log_decay, scale, initial_state, borders, period)
+    return delta_rule_chunked(query, key, value, beta, log_decay, scale, initial_state, borders, period, chunk_size)

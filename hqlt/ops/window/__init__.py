@@ -1,0 +1,96 @@
+"""Softmax attention over a window."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hqlt.ops.backend import choose_backend
+from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
+from hqlt.ops.window.chunked import window_attention_chunked
+from hqlt.ops.window.reference import window_attention_reference
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None,
+    anchored: bool = False,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    key_cu_seqlens: Tensor | None = None,
+    dropout: float = 0.0,
+    backend: str = "auto",
+    chunk_size: int = 64,
+) -> Tensor:
+    r"""Causal softmax attention of each query to the keys in its window.
+
+    .. math:: o_t = \sum_{s=a(t)}^{t} \operatorname{softmax}_s(s_0\, q_t^\top k_s)\, v_s, \qquad
+              a(t) = \max(0, t-S+1) \text{ or } S\lfloor t/S \rfloor .
+
+    There may be more keys than queries: the surplus is the past, and the last query is the token of the last key
+    (bottom-right alignment). Positions count from a document's first key, so an anchored window needs a past that
+    starts on its grid.
+
+    Args:
+        query: [B, T, H, K]. key: [B, P + T, H, K]. value: [B, P + T, H, V], with P ≥ 0 carried tokens.
+        window: tokens S that a query sees, itself included; None is full context.
+        anchored: the window starts at the last multiple of S instead of sliding.
+        scale: s₀; None is K^-1/2.
+        cu_seqlens: borders of packed documents among the queries (B = 1).
+        key_cu_seqlens: the same among the keys; absent, the keys have no past.
+        dropout: on the attention weights.
+        backend: ``reference``, ``chunked`` or ``auto`` (chunked).
+        chunk_size: least number of queries in a tile; changes a result by rounding only.
+
+    Returns:
+        read [B, T, H, V] in the input dtype.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, borders or options that do not fit.
+
+    Source: paper Eq. 9 and section 3; sliding and anchored windows are those of Synchronous and Delayed-Chunk.
+    """
+    check_qkv(query, key, value)
+    check_shape("key", key, (query.shape[0], key.shape[1], *query.shape[2:]), "[B, P + T, H, K]")
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(f"window={window!r} must be an int of at least 1, or None for full context")
+    if anchored and window is None:
+        raise ValueError("an anchored window needs a finite window")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout={dropout} must lie in [0, 1)")
+    check_chunk_size(chunk_size)
+    borders, key_borders = _borders(query, key, cu_seqlens, key_cu_seqlens)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    arguments = (query, key, value, window, anchored, scale, borders, key_borders, dropout)
+    if backend != "auto" and choose_backend(backend, query.shape[1]) == "reference":
+        return window_attention_reference(*arguments)
+    choose_backend(backend, query.shape[1])
+    return window_attention_chunked(*arguments, chunk_size)
+
+
+def _borders(
+    query: Tensor, key: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None
+) -> tuple[list[int] | None, list[int] | None]:
+    borders = documents(cu_seqlens, query.shape[0], query.shape[1])
+    if borders is None:
+        if key_cu_seqlens is not None:
+            raise ValueError("key_cu_seqlens needs cu_seqlens for the queries")
+        if key.shape[1] < query.shape[1]:
+            raise ValueError(f"{key.shape[1]} keys for {query.shape[1]} queries: every query needs its own key")
+        return None, None
+    if key_cu_seqlens is None:
+        key_borders = documents(cu_seqlens, 1, key.shape[1])
+    else:
+        key_borders = documents(key_cu_seqlens, 1, key.shape[1], "key_cu_seqlens")
+    assert key_borders is not None
+    if len(key_borders) != len(borders):
+        raise ValueError(f"key_cu_seqlens has {len(key_borders)} borders but cu_seqlens has {len(borders)}")
+    short = [
+        n for n in range(len(borders) - 1)
+        if key_borders[n + 1] - key_borders[n] < borders[n + 1] - borders[n]
+    ]  # fmt: skip
+    if short:
+        raise ValueError(f"document {short[0]} has fewer keys than queries: every query needs its own key")
+    return borders, key_borders
