@@ -1,6 +1,72 @@
-"""Command line."""
+"""Command line: `hqlt quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
 
 
-def main() -> int:
-    """Run."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 1 failed, 130 interrupted (progress saved)."""
+    options = _parser().parse_args(arguments)
+    from hqlt.training.loop import Interrupted
+
+    try:
+        status: int = options.run(options)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command to go on", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"hqlt: {error}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    from hqlt import __version__
+
+    parser = argparse.ArgumentParser(prog="hqlt", description="Hybrid Quadratic-Linear Transformers.")
+    parser.add_argument("--version", action="version", version=f"hqlt {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "quickstart",
+        help="train, compare and look: a few minutes on a CPU, no download",
+        description="Train an HQLT and its parents on this interpreter's own documentation and on parity, sample "
+        "text, and write a report. Interrupt and repeat at will: finished work is kept.",
+    )
+    command.add_argument(
+        "--output", type=Path, default=Path("runs/quickstart"), help="folder of the results (default: %(default)s)"
+    )
+    command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and sampling (default: 0)")
+    command.add_argument("--workers", type=_workers, help="runs at a time (default: one per core)")
+    command.set_defaults(run=_quickstart)
+    return parser
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from hqlt.quickstart import quickstart
+
+    quickstart(options.output, options.seed, options.workers)
     return 0
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0, 2**30)
+
+
+def _workers(text: str) -> int:
+    return _integer(text, 1, 1024)
+
+
+def _integer(text: str, low: int, high: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer") from None
+    if not low <= value <= high:
+        raise argparse.ArgumentTypeError(f"{value} is outside {low} … {high}")
+    return value

@@ -155,15 +155,18 @@ class LanguageModel(SequenceModel):
             labels[~attention_mask.bool()] = IGNORE
         if cu_seqlens is not None:
             labels[:, cu_seqlens[:-1].long()] = IGNORE
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        return self.target_loss(hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE)), state
+
+    def target_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of hidden states [B, T, D] against unshifted targets [B, T]; −100 is ignored.
+
+        Only positions with a target reach the head: a task that supervises one token per row pays for one.
+        """
         used = targets != IGNORE
         if not bool(used.any()):
-            raise ValueError(
-                "no token has a target: pass at least two tokens of one document, or labels that are not all -100"
-            )
-        # Only positions with a target reach the head: tasks that supervise one token per row pay for one.
+            raise ValueError("no token has a target: pass two tokens of one document at least, or targets besides -100")
         logits = self.head(hidden[used])
-        return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, targets[used]), state
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[used])
 
     def _check_ids(self, input_ids: Tensor) -> None:
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):

@@ -1,0 +1,100 @@
+"""Reports: one self-contained HTML page of text, tables and plots that opens offline."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curve = list[tuple[float, float]]
+
+# Okabe and Ito's palette: distinct for colour-blind readers too. Line styles and markers repeat the distinction.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with a note, and any of a table (rows of equal keys), an SVG figure and preformatted text."""
+
+    title: str
+    note: str
+    table: list[dict[str, str]] | None = None
+    figure: str | None = None
+    code: str | None = None
+
+
+def render(title: str, sections: list[Section], footer: str) -> str:
+    """The page as HTML; everything but the figures is escaped."""
+    from jinja2 import Environment
+
+    template = files("hqlt.analysis").joinpath("report.html.j2").read_text(encoding="utf-8")
+    return Environment(autoescape=True).from_string(template).render(title=title, sections=sections, footer=footer)
+
+
+def plot_curves(
+    curves: dict[str, Curve],
+    x_label: str,
+    y_label: str,
+    *,
+    marker: float | None = None,
+    marker_label: str = "",
+    chance: float | None = None,
+) -> Figure:
+    """Named curves in one plot.
+
+    Args:
+        marker: x of a vertical line, named by ``marker_label``.
+        chance: y of a horizontal line.
+    """
+    figure, axes = _figure(4.2)
+    if chance is not None:
+        axes.axhline(chance, color="#999", linewidth=1, linestyle=":", label="chance")
+    if marker is not None:
+        axes.axvline(marker, color="#999", linewidth=1, linestyle="--", label=marker_label)
+    for n, (name, points) in enumerate(curves.items()):
+        x, y = zip(*points, strict=True)
+        axes.plot(x, y, label=name, color=COLOURS[n % 6], marker=MARKERS[n % 6], markersize=4, linewidth=1.6)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.25)
+    return figure
+
+
+def plot_gates(gates: Tensor, text: list[int]) -> Figure:
+    """Heat map of [layers, T] in 0 … 1 over the bytes of a text."""
+    figure, axes = _figure(1.2 + 0.45 * gates.shape[0])
+    image = axes.imshow(gates.numpy(), aspect="auto", cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(gates.shape[0]), [f"layer {n + 1}" for n in range(gates.shape[0])])
+    labels = [{10: "⏎", 32: " "}.get(byte, chr(byte) if 32 < byte < 127 else "·") for byte in text]
+    axes.set_xticks(range(len(labels)), labels, fontsize=5, family="monospace")
+    axes.tick_params(length=0)
+    axes.set_xlabel("byte")
+    figure.colorbar(image, ax=axes, label="γ (FW memory)", pad=0.01)
+    return figure
+
+
+def figure_svg(figure: Figure) -> str:
+    """A figure as an SVG element, the same bytes for the same figure."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": "hqlt", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(height: float) -> tuple[Figure, Any]:
+    """A figure that no graphical backend knows of."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, height), layout="constrained")
+    return figure, figure.subplots()

@@ -1,0 +1,58 @@
+"""Sampling from a language model, one token at a time, in memory that depends on the windows only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hqlt.layers.state import ModelState
+from hqlt.models.language_model import LanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    state: ModelState | None = None,
+) -> Iterator[int]:
+    """Yield sampled token ids.
+
+    Args:
+        model: in evaluation mode.
+        prompt: token ids [T], at least one.
+        max_new_tokens: how many to yield.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens with at least this probability, in (0, 1].
+        seed: of the sampling.
+        state: of the text before the prompt.
+
+    Raises:
+        ValueError: an empty prompt, a negative temperature, or top_p outside (0, 1].
+    """
+    if prompt.dim() != 1 or prompt.numel() == 0:
+        raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; expected [T] with at least one token")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be at least 0 and top_p={top_p} in (0, 1]")
+    generator = torch.Generator(prompt.device).manual_seed(seed)
+    logits, state = model(prompt[None], state)
+    for _ in range(max_new_tokens):
+        token = _sample(logits[0, -1], temperature, top_p, generator)
+        yield int(token)
+        logits, state = model(token.view(1, 1), state)
+
+
+def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token id from logits [V]."""
+    if temperature == 0:
+        return logits.argmax()
+    probability, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    # A token stays if the more likely ones have not reached top_p yet; the first always does.
+    probability[probability.cumsum(-1) - probability >= top_p] = 0
+    return order[torch.multinomial(probability, 1, generator=generator)]

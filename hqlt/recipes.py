@@ -1,0 +1,79 @@
+"""Recipes: functions that return frozen configurations. A variant of one is ``dataclasses.replace``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hqlt.config import MemoryConfig, ModelConfig
+from hqlt.training.loop import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe:
+    """Byte-level language modelling of several models on equal tokens."""
+
+    models: dict[str, ModelConfig]
+    training: TrainingConfig
+    batch_size: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParityRecipe:
+    """Parity with lengths that grow during training, tested beyond them.
+
+    Attributes:
+        shortest, longest: sequence lengths in training, the answer included.
+        growth: fraction of the steps over which the longest length grows to ``longest``.
+        test_lengths: lengths at which accuracy is measured.
+    """
+
+    models: dict[str, ModelConfig]
+    training: TrainingConfig
+    batch_size: int
+    shortest: int
+    longest: int
+    growth: float
+    test_lengths: tuple[int, ...]
+
+
+def quickstart_text(seed: int = 0) -> TextRecipe:
+    """Three byte-level models of a million parameters, matched in size by the width of the MLP, on equal tokens."""
+    memory = MemoryConfig(hidden_size=128, num_heads=2, window=64)
+    hqlt = ModelConfig(vocab_size=256, num_hidden_layers=4, memory=memory, intermediate_size=384)
+    # The gate of the mixer costs D² parameters a layer; the others get them back in the MLP.
+    parent = replace(hqlt, intermediate_size=426)
+    return TextRecipe(
+        models={
+            "HQLT": hqlt,
+            "DeltaNet": replace(parent, memory=replace(memory, kv_memory=False, window=None)),
+            "Transformer++": replace(parent, memory=replace(memory, update_rule=None, window=None)),
+        },
+        training=TrainingConfig(steps=600, learning_rate=3e-3, warmup_steps=30, evaluate_every=60, seed=seed),
+        batch_size=4,
+        length=256,
+    )
+
+
+def quickstart_parity(seed: int = 0) -> ParityRecipe:
+    """Four small models on parity; β reaches 2, without which no delta rule can flip a state."""
+    shape = MemoryConfig(hidden_size=64, num_heads=2, window=8, short_convolution=True)
+    memory = replace(shape, allow_negative_eigenvalues=True)
+    hqlt = ModelConfig(vocab_size=3, num_hidden_layers=2, memory=memory)
+    attention = replace(shape, update_rule=None, window=None)
+    return ParityRecipe(
+        models={
+            "HQLT": hqlt,
+            "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
+            "DeltaNet": replace(hqlt, memory=replace(memory, kv_memory=False, window=None)),
+            "Transformer++": replace(hqlt, memory=attention),
+        },
+        training=TrainingConfig(
+            steps=200, learning_rate=3e-3, warmup_steps=10, weight_decay=0.01, evaluate_every=25, seed=seed
+        ),
+        batch_size=128,
+        shortest=3,
+        longest=20,
+        growth=0.6,
+        test_lengths=(4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 60, 80),
+    )

@@ -1,0 +1,221 @@
+"""The training loop: deterministic batches, progress, atomic checkpoints, exact resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hqlt.files import write_jsonl
+from hqlt.models.language_model import LanguageModel
+from hqlt.training.checkpoint import load_checkpoint, save_checkpoint
+from hqlt.training.optimizer import make_adamw, warmup_cosine
+
+Metrics = dict[str, Any]
+
+SAVE_EVERY = 20.0  # seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained.
+
+    Attributes:
+        steps: optimiser updates.
+        learning_rate: peak; linear warm-up over ``warmup_steps``, then a cosine to ``final_learning_rate`` · peak.
+        weight_decay, betas: of AdamW.
+        clip: bound of the global gradient norm.
+        evaluate_every: steps between evaluations; one more follows the last step.
+        seed: of the initial weights and of the batches.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int
+    final_learning_rate: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    evaluate_every: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a model is trained on.
+
+    Attributes:
+        batch: (seed, step) → input_ids [B, T] and targets [B, T] (−100 is ignored), a pure function.
+        evaluate: measurements of a model in evaluation mode.
+        fingerprint: what the batches depend on, so that a run is not resumed on other data.
+    """
+
+    batch: Callable[[int, int], tuple[Tensor, Tensor]]
+    evaluate: Callable[[LanguageModel], Metrics]
+    fingerprint: Metrics
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """Training stopped on request after saving; the same call resumes it."""
+
+
+def train(
+    model: LanguageModel, task: Task, config: TrainingConfig, directory: Path, label: str, position: int = 0
+) -> list[Metrics]:
+    """Train, or finish what an earlier call began.
+
+    The directory holds ``checkpoint.pt`` (weights, optimiser, step, metrics) and ``metrics.jsonl``. A call that is
+    interrupted by Ctrl-C or SIGTERM saves and raises :class:`Interrupted`; the next call goes on from there with the
+    same batches, so that it ends as if never interrupted. A killed call loses at most 20 seconds.
+
+    Args:
+        model: freshly built; its weights are replaced if there is a checkpoint.
+        task: batches and evaluation.
+        config: hyper-parameters.
+        directory: of this run.
+        label: shown at the progress bar.
+        position: line of the progress bar, for runs side by side.
+
+    Returns:
+        metrics rows in order of step.
+
+    Raises:
+        Interrupted: on request.
+        ValueError: the directory holds a run of another configuration.
+        FloatingPointError: the loss is not finite.
+    """
+    identity = _identity(model, task, config)
+    optimizer = make_adamw(model, config.learning_rate, config.weight_decay, config.betas)
+    path = directory / "checkpoint.pt"
+    saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
+    step, rows, seconds = 0, [], 0.0
+    if saved is not None:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step, rows, seconds = saved["step"], saved["rows"], saved["seconds"]
+    write_jsonl(directory / "metrics.jsonl", rows)
+
+    def save() -> None:
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity}
+        save_checkpoint(path, {**state, "step": step, "rows": rows, "seconds": seconds})
+
+    if step == config.steps:
+        return rows
+    with stop_requests() as stop, _progress(config.steps, step, label, position) as bar:
+        last_save, started, tokens = time.monotonic(), time.monotonic(), 0
+        while step < config.steps:
+            input_ids, targets = task.batch(config.seed, step)
+            rate = warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate)
+            loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config.clip)
+            step, tokens = step + 1, tokens + input_ids.numel()
+            bar.update()
+            if step % 10 == 0:
+                elapsed = time.monotonic() - started
+                bar.set_postfix_str(f"loss {loss:.3f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
+            if step % config.evaluate_every == 0 or step == config.steps:
+                elapsed = time.monotonic() - started
+                row = {"step": step, "loss": loss, "seconds": round(seconds + elapsed, 2)}
+                rows.append({**row, "tokens_per_second": round(tokens / elapsed), **evaluate(model, task)})
+                with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+            if stop.is_set() or step == config.steps or time.monotonic() - last_save > SAVE_EVERY:
+                seconds, started, tokens = seconds + time.monotonic() - started, time.monotonic(), 0
+                save()
+                last_save = time.monotonic()
+            if stop.is_set() and step < config.steps:
+                raise Interrupted(f"stopped at step {step} of {config.steps}; run the same command to go on")
+    return rows
+
+
+def evaluate(model: LanguageModel, task: Task) -> Metrics:
+    """The task's measurements, in evaluation mode and without gradients."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        metrics = task.evaluate(model)
+    model.train(was_training)
+    return metrics
+
+
+def _update(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    input_ids: Tensor,
+    targets: Tensor,
+    learning_rate: float,
+    clip: float,
+) -> float:
+    """One optimiser step; the loss before it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    hidden, _ = model.hidden_states(input_ids)
+    loss = model.target_loss(hidden, targets)
+    value = loss.item()
+    if value != value or abs(value) == float("inf"):
+        raise FloatingPointError(f"the loss is {value}; lower the learning rate")
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    return value
+
+
+def _identity(model: LanguageModel, task: Task, config: TrainingConfig) -> str:
+    """What must be equal for a run to be resumed, as canonical JSON."""
+    parts = {"model": model.config.to_dict(), "training": dataclasses.asdict(config), "task": task.fingerprint}
+    return json.dumps(parts, sort_keys=True)
+
+
+def _same_run(path: Path, saved: str, wanted: str) -> None:
+    if saved == wanted:
+        return
+    old, new = json.loads(saved), json.loads(wanted)
+    parts = [part for part in new if old.get(part) != new[part]]
+    raise ValueError(
+        f"{path} belongs to a run with another {', '.join(parts)} configuration; "
+        "choose another output folder or delete this one"
+    )
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set instead of ending the process. Outside the main thread nothing sets it."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    try:
+        yield stop
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _progress(steps: int, done: int, label: str, position: int) -> tqdm[Any]:
+    """A progress bar with rate and time left; in a log file a line every ten seconds."""
+    interactive = sys.stderr.isatty()
+    return tqdm(
+        total=steps,
+        initial=done,
+        desc=label,
+        position=position,
+        leave=False,
+        unit="step",
+        mininterval=0.2 if interactive else 10.0,
+        dynamic_ncols=interactive,
+        smoothing=0.1,
+    )

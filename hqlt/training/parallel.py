@@ -1,0 +1,102 @@
+"""Independent runs side by side, a process each.
+
+Small models gain little from a second thread and lose up to fifty-fold when a thread has to wait for a core that
+another program uses; one process per core with one thread each has neither problem.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from hqlt.training.loop import Interrupted, stop_requests
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: ``function(*arguments, position)``, picklable, with the line of its progress bar as last argument."""
+
+    name: str
+    function: Callable[..., None]
+    arguments: tuple[Any, ...]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
+    """Run all jobs, ``workers`` at a time, in the given order.
+
+    Args:
+        jobs: longest first uses the cores best.
+        workers: processes at a time; by default one per core. Cores left over become threads.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; every job has been told to save and stop.
+        RuntimeError: a job failed; the others have been told to save and stop.
+    """
+    cores = available_cores()
+    workers = min(workers or cores, len(jobs))
+    threads = max(1, cores // max(1, workers))
+    context = multiprocessing.get_context("spawn")
+    lock = context.RLock()
+    waiting, running, failed = list(jobs), dict[int, tuple[SpawnProcess, Job]](), list[str]()
+    with stop_requests() as stop:
+        while waiting or running:
+            while waiting and len(running) < workers and not stop.is_set() and not failed:
+                slot = min(set(range(workers)) - set(running))
+                job = waiting.pop(0)
+                process = context.Process(target=_work, args=(job, slot, threads, lock), name=job.name)
+                process.start()
+                running[slot] = (process, job)
+            if not running:
+                break
+            if stop.is_set() or failed:
+                for process, _ in running.values():
+                    _ask_to_stop(process)
+            wait([process.sentinel for process, _ in running.values()], timeout=0.5)
+            for slot, (process, job) in list(running.items()):
+                if process.exitcode is not None:
+                    del running[slot]
+                    if process.exitcode not in (0, INTERRUPTED):
+                        failed.append(f"{job.name} (exit status {process.exitcode})")
+    if failed:
+        raise RuntimeError(f"failed: {', '.join(failed)}; what was done is saved")
+    if stop.is_set():
+        raise Interrupted("stopped; progress is saved: run the same command to go on")
+
+
+def _ask_to_stop(process: SpawnProcess) -> None:
+    if process.pid is not None and process.exitcode is None:
+        os.kill(process.pid, signal.SIGTERM)
+
+
+def _work(job: Job, slot: int, threads: int, lock: Any) -> None:
+    """Body of a worker process."""
+    torch.set_num_threads(threads)
+    tqdm.set_lock(lock)
+    try:
+        job.function(*job.arguments, slot)
+    except (Interrupted, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
+    except Exception:
+        with lock:
+            traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,17 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+pytest.register_assert_rewrite("tests.helpers", "tests.ops.fast_weight")
+torch.set_num_threads(1)
+
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40, database=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
