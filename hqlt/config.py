@@ -51,7 +51,8 @@ class MemoryConfig:
         delay: tokens between a token's arrival and its write into FW memory, 0…window; only for ``overlap``.
         update_rule: how a token is written into the fast weight. None: no FW memory; the layer is then standard
             softmax attention (raw value, no output norm), the attention of Transformer++.
-        kv_memory: False leaves FW memory alone (DeltaNet and its relatives).
+        kv_memory: False leaves FW memory alone (DeltaNet and its relatives); window, mixer and position encoding then
+            have no meaning and become None, ``sum`` and ``none``.
         mixer: how the two reads combine.
         position_encoding: of KV memory; FW memory has none.
         rope_base: base of the rotary frequencies.
@@ -145,10 +146,17 @@ class MemoryConfig:
                 f"allow_negative_eigenvalues needs a delta rule, not update_rule={self.update_rule!r}; "
                 "drop it or choose 'delta' or 'gated_delta'"
             )
+        self._used("conv_size", self.short_convolution, "short_convolution=False")
+        self._used("rope_base", self.position_encoding == "rope", "position_encoding='none'")
+        self._used("norm_eps", self.update_rule is not None, "update_rule=None, which has no output norm")
         if self.linear_normaliser != "time" and self.update_rule != "linear":
             raise ValueError(
                 f"linear_normaliser={self.linear_normaliser!r} has no effect with update_rule={self.update_rule!r}"
             )
+
+    def _used(self, name: str, used: bool, why: str) -> None:
+        if not used and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+            raise ValueError(f"{name}={getattr(self, name)!r} has no effect with {why}; leave it out")
 
     def _neutral(self, why: str, **neutral: object) -> None:
         """Set options that have lost their meaning to neutral values; refuse those that were set to something else."""
@@ -254,6 +262,12 @@ class ModelConfig:
         _flag("rescale_residual", self.rescale_residual)
         _flag("tie_embeddings", self.tie_embeddings)
         self._check_memory()
+
+        if self.intermediate_size is not None and self.hidden_ratio != 4.0:
+            raise ValueError(
+                f"hidden_ratio={self.hidden_ratio} has no effect with intermediate_size={self.intermediate_size}; "
+                "leave one of them out"
+            )
 
     def _check_memory(self) -> None:
         if isinstance(self.memory, list):

@@ -64,9 +64,9 @@ def quickstart_parity(seed: int = 0) -> ParityRecipe:
     return ParityRecipe(
         models={
             "HQLT": hqlt,
-            "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
             "DeltaNet": replace(hqlt, memory=replace(memory, kv_memory=False, window=None)),
             "Transformer++": replace(hqlt, memory=attention),
+            "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
         },
         training=TrainingConfig(
             steps=200, learning_rate=3e-3, warmup_steps=10, weight_decay=0.01, evaluate_every=25, seed=seed

@@ -91,6 +91,9 @@ def test_one_memory_makes_the_options_of_the_other_neutral():
         ({"dropout": -0.1}, "dropout=-0.1 must lie in"),
         ({"norm_eps": -1e-6}, "norm_eps=-1e-06 must lie in"),
         ({"rope_base": 0.0}, "rope_base=0.0 must lie in"),
+        ({"conv_size": 3}, "conv_size=3 has no effect with short_convolution=False"),
+        ({"rope_base": 500.0, "position_encoding": "none"}, "rope_base=500.0 has no effect"),
+        ({"norm_eps": 1e-5, "update_rule": None}, "norm_eps=1e-05 has no effect"),
         ({"conv_size": 1, "short_convolution": True}, "conv_size=1 must be at least 2"),
     ],
 )

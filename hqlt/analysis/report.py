@@ -61,6 +61,7 @@ def plot_curves(
     for n, (name, points) in enumerate(curves.items()):
         x, y = zip(*points, strict=True)
         axes.plot(x, y, label=name, color=COLOURS[n % 6], marker=MARKERS[n % 6], markersize=4, linewidth=1.6)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(frameon=False)

@@ -81,8 +81,11 @@ class HybridMemory(nn.Module):
             TypeError: x is not of the parameters' floating dtype.
             ValueError: shapes, a mask with holes, borders that do not increase, a state of another batch.
         """
-        self._check_input(x)
-        segments = Segments((x.shape[0], x.shape[1]), _position(state), attention_mask, cu_seqlens, x.device)
+        self.check_input(x)
+        if state is not None and not isinstance(state, MemoryState):
+            raise TypeError(f"state must be a MemoryState, not {type(state).__name__}")
+        past = None if state is None else state.position
+        segments = Segments((x.shape[0], x.shape[1]), past, attention_mask, cu_seqlens, x.device)
         y, state = self.advance(segments.pack(x), state, segments)
         return segments.unpack(y), state
 
@@ -127,7 +130,8 @@ class HybridMemory(nn.Module):
     def _attention_dropout(self) -> float:
         return self.config.dropout if self.training and self.update_rule is None else 0.0
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """x is [B, T, D] in the floating dtype of the weights (autocast aside)."""
         config, weight = self.config, self.query_proj.weight
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -139,8 +143,6 @@ class HybridMemory(nn.Module):
 
     def _check_state(self, state: MemoryState, empty: MemoryState) -> None:
         """The state has the parts, sizes and KV length of this layer's configuration."""
-        if not isinstance(state, MemoryState):
-            raise TypeError(f"state must be a MemoryState, not {type(state).__name__}")
         held = max(self.schedule.held(p) for p in state.position.tolist())
         for name in ("fast_weight", "key", "value", "beta", "log_decay", "convolution"):
             given, expected = getattr(state, name), getattr(empty, name)
@@ -194,16 +196,13 @@ class HybridMemory(nn.Module):
         else:
             (mixed,) = reads
         if self.output_norm is not None:
-            mixed = self.output_norm(mixed)
+            # Under autocast the reads are half precision and the norm's weight is not.
+            mixed = self.output_norm(mixed.to(self.output_norm.weight.dtype))
         mixed = mixed.flatten(2)
         if self.gate_proj is not None:
             mixed = mixed * F.silu(self.gate_proj(x))
         y: Tensor = self.dropout(self.output_proj(mixed))
         return y
-
-
-def _position(state: MemoryState | None) -> Tensor | None:
-    return None if state is None else state.position
 
 
 def _last_inputs(past: Tensor, new: Tensor, borders: list[int] | None) -> Tensor:

@@ -51,6 +51,5 @@ def load_model(directory: Path | str) -> LanguageModel:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{directory / WEIGHTS} does not fit {directory / CONFIG}: {error}") from error
-    if config.tie_embeddings:
-        model.head.weight = model.embedding.weight
+    model.tie_weights()
     return model.requires_grad_().eval()

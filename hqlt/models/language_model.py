@@ -60,8 +60,8 @@ class SequenceModel(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Continue N documents by new tokens; arguments and errors as :meth:`hqlt.HybridMemory.forward`."""
-        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, T, D] with D = {self.config.hidden_size}")
+        for block in self.blocks[:1]:
+            block.memory.check_input(x)  # type: ignore[union-attr, operator]
         if state is not None and not isinstance(state, ModelState):
             raise TypeError(f"state must be a ModelState, not {type(state).__name__}")
         if state is not None and len(state.layers) != len(self.blocks):
@@ -86,9 +86,13 @@ class LanguageModel(SequenceModel):
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie_weights()
         self.init_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter if so configured; loading by assignment parts them."""
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
 
     def forward(
         self,
@@ -148,14 +152,19 @@ class LanguageModel(SequenceModel):
             a float32 scalar and the state after the last token.
         """
         hidden, state = self.hidden_states(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
-        labels = (input_ids if labels is None else labels).long().clone()
+        labels = input_ids if labels is None else labels
+        if labels.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"labels must be an int32 or int64 tensor, not {labels.dtype}")
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}")
+        targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORE)
         if attention_mask is not None:
-            labels[~attention_mask.bool()] = IGNORE
+            # A pad predicts nothing and nothing predicts a pad.
+            real = attention_mask.bool()
+            targets[~(real & F.pad(real[:, 1:], (0, 1)))] = IGNORE
         if cu_seqlens is not None:
-            labels[:, cu_seqlens[:-1].long()] = IGNORE
-        return self.target_loss(hidden, F.pad(labels[:, 1:], (0, 1), value=IGNORE)), state
+            targets[:, cu_seqlens[1:].long() - 1] = IGNORE
+        return self.target_loss(hidden, targets), state
 
     def target_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy of hidden states [B, T, D] against unshifted targets [B, T]; −100 is ignored.
@@ -165,6 +174,7 @@ class LanguageModel(SequenceModel):
         used = targets != IGNORE
         if not bool(used.any()):
             raise ValueError("no token has a target: pass two tokens of one document at least, or targets besides -100")
+        self._check_range("target", targets[used])
         logits = self.head(hidden[used])
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[used])
 
@@ -174,11 +184,15 @@ class LanguageModel(SequenceModel):
             raise TypeError(f"input_ids must be an int32 or int64 tensor, not {kind}")
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected [B, T]")
-        if input_ids.numel() and input_ids.device.type == "cpu":
-            low, high = (int(x) for x in input_ids.aminmax())
+        self._check_range("token id", input_ids)
+
+    def _check_range(self, what: str, ids: Tensor) -> None:
+        """Ids lie in the vocabulary; checked where looking costs no wait for a device."""
+        if ids.numel() and ids.device.type == "cpu":
+            low, high = (int(x) for x in ids.aminmax())
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
-                raise ValueError(f"token id {bad} is outside the vocabulary 0 … {self.config.vocab_size - 1}")
+                raise ValueError(f"{what} {bad} is outside the vocabulary 0 … {self.config.vocab_size - 1}")
 
 
 def sinusoidal(position: Tensor, width: int, base: float = 10000.0) -> Tensor:

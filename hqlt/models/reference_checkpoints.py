@@ -128,7 +128,8 @@ def layer_from_reference(config: Mapping[str, Any], weights: Mapping[str, Tensor
     values = _with_defaults(config, LAYER_DEFAULTS, "hybrid_qlt layer")
     if values["d_model"] is not None:
         values["hidden_size"] = values["d_model"]
-    memory = _hybrid_memory(values, values["mode"], explicit="linear_normaliser" in config)
+    _warn_of_normaliser(config, values["mode"])
+    memory = _hybrid_memory(values, values["mode"])
     return _load(lambda: HybridMemory(memory), weights, lambda given: _layer_weights(given, memory, ""))
 
 
@@ -151,12 +152,13 @@ def model_from_reference(config: Mapping[str, Any], weights: Mapping[str, Tensor
         raise ValueError(f"model_type={kind!r} is unknown; choose one of {', '.join(MODEL_DEFAULTS)}")
     values = _with_defaults(config, MODEL_DEFAULTS[kind], f"{kind} model")
     _require(values, "hidden_act", "swish")
-    memory = {"hybrid_qlt": _hybrid_model, "delta_net": _delta_net, "transformer": _transformer}[kind](values, config)
+    _warn_of_normaliser(config, values.get("attn_mode"))
+    memory = {"hybrid_qlt": _hybrid_model, "delta_net": _delta_net, "transformer": _transformer}[kind](values)
     model = ModelConfig(
         vocab_size=values["vocab_size"],
         num_hidden_layers=values["num_hidden_layers"],
         memory=memory,
-        hidden_ratio=values["hidden_ratio"],
+        hidden_ratio=values["hidden_ratio"] if values["intermediate_size"] is None else 4,
         intermediate_size=values["intermediate_size"],
         norm_eps=values["norm_eps"],
         initializer_range=config.get("initializer_range", 0.02 if kind == "hybrid_qlt" else 0.006),
@@ -173,18 +175,27 @@ def _with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], what:
     return {**defaults, **{key: value for key, value in config.items() if key in defaults}}
 
 
+def _warn_of_normaliser(config: Mapping[str, Any], mode: object) -> None:
+    if mode == "sync_chunk_linear" and "linear_normaliser" not in config:
+        warnings.warn(
+            "the configuration does not say which normaliser the linear variant was trained with: using the correct "
+            "one, over time; linear_normaliser='published' reproduces the published sum over heads",
+            stacklevel=3,
+        )
+
+
 def _require(values: Mapping[str, Any], key: str, *allowed: object) -> None:
     if values[key] not in allowed:
         expected = " or ".join(repr(value) for value in allowed)
         raise ValueError(f"{key}={values[key]!r} is not supported; only {expected} is")
 
 
-def _hybrid_model(values: Mapping[str, Any], config: Mapping[str, Any]) -> MemoryConfig:
+def _hybrid_model(values: Mapping[str, Any]) -> MemoryConfig:
     _require(values, "attn", None)
-    return _hybrid_memory(values, values["attn_mode"], explicit="linear_normaliser" in config)
+    return _hybrid_memory(values, values["attn_mode"])
 
 
-def _hybrid_memory(values: Mapping[str, Any], mode: str, explicit: bool) -> MemoryConfig:
+def _hybrid_memory(values: Mapping[str, Any], mode: str) -> MemoryConfig:
     if mode not in SCHEDULE_OF_MODE:
         raise ValueError(f"mode={mode!r} is not supported; choose one of {', '.join(SCHEDULE_OF_MODE)}")
     _require(values, "use_beta", True)
@@ -192,12 +203,6 @@ def _hybrid_memory(values: Mapping[str, Any], mode: str, explicit: bool) -> Memo
     _require(values, "qk_norm", "l2")
     _require(values, "linear_normaliser", "correct", "published")
     schedule, update_rule = SCHEDULE_OF_MODE[mode]
-    if update_rule == "linear" and not explicit:
-        warnings.warn(
-            "the configuration does not say which normaliser the linear variant was trained with: using the correct "
-            "one, over time; linear_normaliser='published' reproduces the published sum over heads",
-            stacklevel=3,
-        )
     published = update_rule == "linear" and values["linear_normaliser"] == "published"
     return MemoryConfig(
         hidden_size=values["hidden_size"],
@@ -211,7 +216,7 @@ def _hybrid_memory(values: Mapping[str, Any], mode: str, explicit: bool) -> Memo
         expand_v=values["expand_v"],
         allow_negative_eigenvalues=values["allow_neg_eigval"] and update_rule == "delta",
         short_convolution=values["use_short_conv"],
-        conv_size=values["conv_size"],
+        conv_size=values["conv_size"] if values["use_short_conv"] else LAYER_DEFAULTS["conv_size"],
         output_gate=values["use_gate"],
         linear_normaliser="published" if published else "time",
         norm_eps=values["norm_eps"],
@@ -234,7 +239,7 @@ def _mixer(values: Mapping[str, Any]) -> str:
     return "dynamic_vector_separate" if separate else chosen[0] if chosen else "sum"
 
 
-def _delta_net(values: Mapping[str, Any], config: Mapping[str, Any]) -> MemoryConfig:
+def _delta_net(values: Mapping[str, Any]) -> MemoryConfig:
     for key, value in (("use_beta", True), ("qk_activation", "silu"), ("qk_norm", "l2"), ("attn", None)):
         _require(values, key, value)
     _require(values, "attn_mode", "chunk", "fused_recurrent", "fused_chunk")
@@ -246,13 +251,13 @@ def _delta_net(values: Mapping[str, Any], config: Mapping[str, Any]) -> MemoryCo
         expand_k=values["expand_k"],
         expand_v=values["expand_v"],
         short_convolution=values["use_short_conv"],
-        conv_size=values["conv_size"],
+        conv_size=values["conv_size"] if values["use_short_conv"] else LAYER_DEFAULTS["conv_size"],
         output_gate=values["use_gate"],
         norm_eps=values["norm_eps"],
     )
 
 
-def _transformer(values: Mapping[str, Any], config: Mapping[str, Any]) -> MemoryConfig:
+def _transformer(values: Mapping[str, Any]) -> MemoryConfig:
     _require(values, "num_kv_heads", None, values["num_heads"])
     _require(values, "qkv_bias", False)
     _require(values, "qk_norm", False)
@@ -286,6 +291,8 @@ def _load(
     if missing or unknown:
         raise ValueError(f"the weights do not fit the configuration: missing {missing}, unknown {unknown}")
     module.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    if isinstance(module, LanguageModel):
+        module.tie_weights()
     return module.requires_grad_()
 
 

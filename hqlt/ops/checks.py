@@ -59,8 +59,8 @@ def documents(cu_seqlens: Tensor | None, batch: int, length: int, name: str = "c
     if batch != 1:
         raise ValueError(f"{name} describes one packed row, but the batch is {batch}; pack the documents into B = 1")
     borders: list[int] = cu_seqlens.tolist()
-    increasing = all(a < b for a, b in pairwise(borders))
-    if cu_seqlens.dim() != 1 or len(borders) < 2 or borders[0] != 0 or borders[-1] != length or not increasing:
+    shaped = cu_seqlens.dim() == 1 and len(borders) >= 2
+    if not shaped or borders[0] != 0 or borders[-1] != length or not all(a < b for a, b in pairwise(borders)):
         raise ValueError(f"{name}={borders} must increase strictly from 0 to the number of tokens {length}")
     return borders
 
@@ -69,6 +69,8 @@ def check_state(initial_state: Tensor | None, shape: Sequence[int], like: Tensor
     """The initial state has this shape, the state dtype of ``like`` and its device."""
     if initial_state is None:
         return
+    if not isinstance(initial_state, Tensor):
+        raise TypeError(f"initial_state must be a tensor, not {type(initial_state).__name__}")
     check_shape("initial_state", initial_state, shape, "[documents, H, K, V]")
     if initial_state.dtype != state_dtype(like.dtype):
         raise TypeError(f"initial_state is {initial_state.dtype}; the state of {like.dtype} inputs is "

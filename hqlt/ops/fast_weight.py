@@ -8,7 +8,9 @@ attention) or the correction of what M returns for k (delta rules). A read takes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import pairwise
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from hqlt.ops.checks import (
 )
 from hqlt.ops.tiles import Tiles, make_tiles
 
+Op = TypeVar("Op", bound=Callable[..., Any])
 Write = Callable[..., Tensor]
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
 
@@ -34,7 +37,7 @@ def check_fast_weight(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gates: dict[str, Tensor | None],
+    gates: dict[str, Tensor],
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     reads: str,
@@ -47,10 +50,10 @@ def check_fast_weight(
     check_shape("key", key, query.shape, "[B, T, H, K]")
     batch, length, heads, key_dim = query.shape
     for name, gate in gates.items():
-        if gate is not None:
-            if gate.dtype != state_dtype(query.dtype):  # a gate may be more precise than the tokens, not less
-                check_floats(query=query, **{name: gate})
-            check_shape(name, gate, (batch, length, heads), "[B, T, H]")
+        # A gate may be more precise than the tokens, not less.
+        exact = isinstance(gate, Tensor) and gate.dtype == state_dtype(query.dtype)
+        check_floats(**({name: gate} if exact else {"query": query, name: gate}))
+        check_shape(name, gate, (batch, length, heads), "[B, T, H]")
     borders = documents(cu_seqlens, batch, length)
     count = batch if borders is None else len(borders) - 1
     check_state(initial_state, (count, heads, key_dim, value.shape[-1] + extra_columns), query)
@@ -67,6 +70,18 @@ def first_state(initial_state: Tensor | None, query: Tensor, columns: int, borde
     return torch.zeros(shape, dtype=state_dtype(query.dtype), device=query.device)
 
 
+def full_precision(function: Op) -> Op:
+    """Keep autocast out: a fast weight accumulates, so its products stay in the state dtype."""
+
+    @wraps(function)
+    def wrapped(rule: Any, query: Tensor, *arguments: Any) -> Any:
+        with torch.autocast(query.device.type, enabled=False):
+            return function(rule, query, *arguments)
+
+    return cast(Op, wrapped)
+
+
+@full_precision
 def recurrence(
     write: Write,
     query: Tensor,
@@ -106,6 +121,7 @@ def recurrence(
     return torch.stack(reads, 1), state
 
 
+@full_precision
 def chunked(
     rule: Rule,
     query: Tensor,

@@ -33,6 +33,7 @@ SPECIAL = {
     "window attention": {"update_rule": None},
     "full attention": {"update_rule": None, "window": None},
     "full attention, conv, bias": {"update_rule": None, "window": None, "short_convolution": True, "bias": True},
+    "convolution of 3": {"short_convolution": True, "conv_size": 3},
     "window of 1": {"window": 1},
     "window of 1, streaming": {"window": 1, "schedule": "delayed_streaming"},
     "window of 1, chunk": {"window": 1, "schedule": "delayed_chunk", "update_rule": "gated_delta"},
@@ -40,7 +41,7 @@ SPECIAL = {
     "overlap by everything": {"schedule": "overlap", "delay": 0},
     "wide values, narrow keys": {"expand_v": 2.0, "expand_k": 0.5, "schedule": "delayed_chunk"},
     "wide keys": {"expand_k": 2.0, "schedule": "delayed_streaming", "update_rule": "linear"},
-    "output gate, negative eigenvalues": {"output_gate": True, "allow_negative_eigenvalues": True, "conv_size": 3},
+    "output gate, negative eigenvalues": {"output_gate": True, "allow_negative_eigenvalues": True},
     "biases": {"bias": True, "schedule": "delayed_streaming", "update_rule": "gated_delta"},
     "published normaliser": {"update_rule": "linear", "linear_normaliser": "published"},
     "published normaliser, chunk": {

@@ -44,9 +44,7 @@ def gated_delta_rule(
     Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (2025), Eq. 10.
     """
     gates = {"beta": beta, "log_decay": log_decay}
-    borders, period = check_fast_weight(
-        query, key, value, {**gates}, initial_state, cu_seqlens, reads, period, chunk_size
-    )
+    borders, period = check_fast_weight(query, key, value, gates, initial_state, cu_seqlens, reads, period, chunk_size)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if choose_backend(backend, query.shape[1]) == "reference":
         return gated_delta_rule_reference(query, key, value, beta, log_decay, scale, initial_state, borders, period)

@@ -47,8 +47,9 @@ def linear_attention(
 
     Source: Katharopoulos et al. (2020), Eq. 16–20; paper appendix, "w. Linear Attn.".
     """
+    gates = {} if beta is None else {"beta": beta}
     borders, period = check_fast_weight(
-        query, key, value, {"beta": beta}, initial_state, cu_seqlens, reads, period, chunk_size, extra_columns=1
+        query, key, value, gates, initial_state, cu_seqlens, reads, period, chunk_size, extra_columns=1
     )
     beta = torch.ones_like(query[..., 0]) if beta is None else beta
     scale = query.shape[-1] ** -0.5 if scale is None else scale
