@@ -26,11 +26,12 @@ from hqlt.ops.checks import (
     documents,
     state_dtype,
 )
+from hqlt.ops.scan import Steps, scan
 from hqlt.ops.tiles import Tiles, make_tiles
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 Write = Callable[..., Tensor]
-Rule = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor | None]]
+Rule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def check_fast_weight(
@@ -123,7 +124,7 @@ def recurrence(
 
 @full_precision
 def chunked(
-    rule: Rule,
+    rule: Rule | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -133,94 +134,74 @@ def chunked(
     borders: list[int] | None,
     period: int | None,
     chunk_size: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Chunk-parallel form: work inside a tile is matrix products, only tile states are passed on in sequence.
 
-    With G the running log-decay inside a tile, ``rule`` returns what a tile would store from a zero state, U, and
-    how much of the entering state it takes back, W (None: nothing). Then, per tile with entering state M,
+    With G the running log-decay inside a tile and M the state on entry, the tile stores U = S (V − e^G K M), where
+    ``rule`` gives S, or U = diag(β) V without a rule, and
 
-        U' = U − W M,   M ← e^{G_C} M + Σ_s e^{G_C−G_s} k_s u'_sᵀ,
-        read_t = e^{G_t} Mᵀq_t + Σ_{s≤t} e^{G_t−G_s} (q_t·k_s) u'_s.
+        read_t = e^{G_t} Mᵀq_t + Σ_{s≤t} e^{G_t−G_s} (q_t·k_s) u_s,   M ← e^{G_C} M + Σ_s e^{G_C−G_s} k_s u_sᵀ.
 
     Chunk reads sum over s before the last period border b instead, with G_b in place of G_t.
 
     Args:
-        rule: (key, value, beta, decays e^{G_t−G_s} or None, G or None), tiles [n, H, C, …] → (U, W).
-        query, key, value, beta, log_decay: [B, T, H, …]; the query is scaled and in the state dtype.
+        rule: (key, beta, decays e^{G_t−G_s} or None), tiles [n, C, …] → S [n, C, C].
+        query, key, value, beta, log_decay: [B, T, H, …].
         state: [N, H, K, V] in the state dtype.
+        scale: of the read.
 
     Returns:
-        read [B, T, H, V] in the state dtype and the final state [N, H, K, V].
+        read [B, T, H, V] and the final state [N, H, K, V], both in the state dtype.
     """
     tiles = make_tiles(query, borders, chunk_size, period)
-    q, k, v, b = (tiles.split(x.to(state.dtype)) for x in (query, key, value, beta))
-    running = None if log_decay is None else tiles.split(log_decay.to(state.dtype)).cumsum(-1)
-    causal = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device).tril()
-    stored, taken = rule(k, v, b, None if running is None else _decays(running, running, causal), running)
-    keys, carried = k, None
-    if running is not None:
-        keys = k * (running[..., -1:] - running).exp().unsqueeze(-1)
-        carried = running[..., -1, None, None].exp()
-    starts, stored, final = _scan(tiles, keys, stored, taken, carried, state)
-    read = _read(tiles, q, k, stored, starts, running, causal, period)
-    return tiles.merge(read), final
+    heads = query.shape[2]
+    q, k, v, b = (tiles.split(x.to(state.dtype)).flatten(0, 1) for x in (query, key, value, beta))
+    size = q.shape[-2]
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_()
+    running = decay = entering = None
+    leaving, decays = k, None
+    if log_decay is not None:
+        running = tiles.split(log_decay.to(state.dtype)).flatten(0, 1).cumsum(-1)
+        decays = _decays(running, running, causal)
+        entering = k * running.exp().unsqueeze(-1)
+        leaving = k * (running[:, -1:] - running).exp().unsqueeze(-1)
+        decay = running[:, -1, None, None].exp()
+    solve = None if rule is None else rule(k, b, decays)
+    stored = v * b.unsqueeze(-1) if rule is None else v
+    q, inner = _inner(tiles, q, k, running, decays, causal, period)
+    steps = Steps([alive * heads for alive in tiles.alive], tiles.grid.tiles_per_unit)
+    first = tiles.sort_documents(state).flatten(0, 1)
+    read, final = scan(q, inner, entering, solve, leaving, stored, decay, first, steps, scale)
+    return tiles.merge(read.unflatten(0, (-1, heads))), tiles.unsort_documents(final.unflatten(0, (-1, heads)))
 
 
-def _scan(
-    tiles: Tiles, keys: Tensor, stored: Tensor, taken: Tensor | None, carried: Tensor | None, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """States on entry to each tile [n, H, K, V], what each tile stores, and the final state of each document."""
-    state = tiles.sort_documents(state)
-    starts, corrected, finished = [], [], []
-    key_steps, stored_steps = keys.mT.split(tiles.alive), stored.split(tiles.alive)
-    taken_steps = None if taken is None else taken.split(tiles.alive)
-    carried_steps = None if carried is None else carried.split(tiles.alive)
-    for step, alive in enumerate(tiles.alive):
-        if alive < state.shape[0]:
-            finished.append(state[alive:])
-            state = state[:alive]
-        starts.append(state)
-        u = stored_steps[step] if taken_steps is None else stored_steps[step] - taken_steps[step] @ state
-        corrected.append(u)
-        state = (state if carried_steps is None else carried_steps[step] * state) + key_steps[step] @ u
-    final = tiles.unsort_documents(torch.cat([state, *reversed(finished)]))
-    return torch.cat(starts), torch.cat(corrected), final
-
-
-def _read(
+def _inner(
     tiles: Tiles,
     q: Tensor,
     k: Tensor,
-    stored: Tensor,
-    starts: Tensor,
     running: Tensor | None,
+    decays: Tensor | None,
     causal: Tensor,
     period: int | None,
-) -> Tensor:
-    """Reads of all tiles: from the state on entry and from what the tile itself has stored."""
-    size = q.shape[-2]
+) -> tuple[Tensor, Tensor | None]:
+    """The query as the entering state sees it, and its weights of the tile's own writes (None: it sees none)."""
     if period is None:
-        visible, border = causal, running
-    elif tiles.grid.tiles_per_unit > 1 or period >= size:
-        return q @ _unit_starts(tiles, starts)
-    else:
-        block = torch.arange(size, device=q.device) // period
-        visible = block[:, None] > block[None, :]
-        # Running log-decay at the last border: that of the token before it, 0 at the start of the tile.
-        border = None if running is None else F.pad(running, (1, 0))[..., block * period]
+        scores = q @ k.mT
+        if running is None or decays is None:
+            return q, scores.tril()
+        return q * running.exp().unsqueeze(-1), scores * decays
+    size = q.shape[-2]
+    if tiles.grid.tiles_per_unit > 1 or period >= size:
+        return q, None
+    block = torch.arange(size, device=q.device) // period
+    visible = block[:, None] > block[None, :]
     scores = q @ k.mT
-    if running is None or border is None:
-        return q @ starts + scores.masked_fill(~visible, 0.0) @ stored
-    return (q * border.exp().unsqueeze(-1)) @ starts + (scores * _decays(border, running, visible)) @ stored
-
-
-def _unit_starts(tiles: Tiles, starts: Tensor) -> Tensor:
-    """For each tile the state on entry to its unit."""
-    per_unit = tiles.grid.tiles_per_unit
-    if per_unit == 1:
-        return starts
-    steps = list(starts.split(tiles.alive))
-    return torch.cat([steps[j - j % per_unit][: len(steps[j])] for j in range(len(steps))])
+    if running is None:
+        return q, scores.masked_fill(~visible, 0.0)
+    # Running log-decay at the last border: that of the token before it, 0 at the start of the tile.
+    border = F.pad(running, (1, 0))[:, block * period]
+    return q * border.exp().unsqueeze(-1), scores * _decays(border, running, visible)
 
 
 def _decays(at: Tensor, since: Tensor, visible: Tensor) -> Tensor:

@@ -8,13 +8,6 @@ from hqlt.ops.fast_weight import chunked, first_state
 from hqlt.ops.linear.reference import feature_map, normalised, with_counter
 
 
-def additions(
-    key: Tensor, value: Tensor, beta: Tensor, decays: Tensor | None, running: Tensor | None
-) -> tuple[Tensor, None]:
-    """A tile stores βv and takes nothing back."""
-    return value * beta.unsqueeze(-1), None
-
-
 def linear_attention_chunked(
     query: Tensor,
     key: Tensor,
@@ -29,9 +22,9 @@ def linear_attention_chunked(
 ) -> tuple[Tensor, Tensor]:
     """Read [B, T, H, V] and final state [N, H, K, V + 1]."""
     state = first_state(initial_state, query, value.shape[-1] + 1, borders)
-    phi_query = feature_map(query.to(state.dtype)) * scale
+    phi_query = feature_map(query.to(state.dtype))
     phi_key = feature_map(key.to(state.dtype))
     read, state = chunked(
-        additions, phi_query, phi_key, with_counter(value), beta, None, state, borders, period, chunk_size
+        None, phi_query, phi_key, with_counter(value), beta, None, state, borders, period, chunk_size, scale
     )
     return (normalised(read) if normalise else read[..., :-1]).to(query.dtype), state
