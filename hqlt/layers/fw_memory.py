@@ -23,9 +23,9 @@ def read_fw_memory(
     past: MemoryState,
     span: Span,
 ) -> tuple[Tensor, Tensor]:
-    """Write and read after each token's step, the written token being ``delay`` old (paper Eq. 11 and 13).
+    """Write and read after each token's step, the written token being ``delay`` old.
 
-    A delayed write takes the key and value of the old token and the gates of the current one.
+    A delayed write takes the key and value of the old token and the gates of the current one (paper Eq. 13).
 
     Args:
         query: raw [B, T, H, K]. keys, values: carried and new tokens, joined by ``span``.
@@ -52,7 +52,7 @@ def read_fw_chunks(
     past: MemoryState,
     span: Span,
 ) -> tuple[Tensor, Tensor]:
-    """Read the state at the start of each query's chunk (Delayed-Chunk, paper Eq. 14–15).
+    """Read the state at the start of each query's chunk (Delayed-Chunk).
 
     The carried fast weight is that at the start of the current chunk: tokens of an unfinished chunk stay in KV memory
     with their gates, and are written once the chunk is complete.

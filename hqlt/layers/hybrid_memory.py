@@ -29,7 +29,7 @@ class HybridMemory(nn.Module):
     each memory holds is the schedule's business (:class:`hqlt.layers.schedule.Schedule`). Without FW memory the layer
     is standard softmax attention: raw value, no output norm.
 
-    Source: paper section 3, Eq. 10–15; the value's SiLU and the output norm are in the published code only.
+    Source: the paper's three ways to blend; the value's SiLU and the output norm are in the published code only.
     """
 
     def __init__(self, config: MemoryConfig) -> None:

@@ -12,7 +12,7 @@ from hqlt.ops import rotary, window_attention
 def read_kv_memory(
     query: Tensor, keys: Tensor, values: Tensor, span: Span, config: MemoryConfig, dropout: float = 0.0
 ) -> Tensor:
-    """Read KV memory (paper Eq. 9).
+    """Read KV memory.
 
     Positions for RoPE count from the oldest token held: only differences matter, angles stay small, and decoding
     reuses one table however long the document gets.

@@ -65,7 +65,7 @@ class UpdateRule(nn.Module):
 
 
 class DeltaRule(UpdateRule):
-    """M ← M + φ(k) ⊗ β(v − Mᵀφ(k)), φ(z) = silu(z) / √(Σ silu(z)² + 1e-6), β = c·σ(W_β x) (paper Eq. 6–8)."""
+    """M ← M + φ(k) ⊗ β(v − Mᵀφ(k)), φ(z) = silu(z) / √(Σ silu(z)² + 1e-6), β = c·σ(W_β x)."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)

@@ -29,7 +29,7 @@ def rotary(x: Tensor, position: Tensor, longest: int, base: float = 10000.0) -> 
     Returns:
         [B, T, H, K] in the dtype of x; the rotation is computed in at least float32.
 
-    Source: Su et al. (2021); paper section 3 applies it to KV memory only.
+    Source: Su et al. (2021); the paper applies it to KV memory only.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     size = 1 << max(longest - 1, 63).bit_length()

@@ -26,7 +26,7 @@ def delta_rule(
 ) -> tuple[Tensor, Tensor]:
     r"""Write each token into a fast weight by the delta rule and read it with the query.
 
-    Per head, from M_0 = ``initial_state`` or 0 (paper Eq. 6–8):
+    Per head, from M_0 = ``initial_state`` or 0:
 
     .. math:: M_t = M_{t-1} + k_t \, \beta_t (v_t - M_{t-1}^\top k_t)^\top, \qquad o_t = s \, M_t^\top q_t .
 
@@ -49,6 +49,8 @@ def delta_rule(
     Raises:
         TypeError: a dtype that is not floating, or differs between inputs.
         ValueError: shapes, borders, options that do not fit.
+
+    Source: FW memory of the paper; Schlag, Irie, Schmidhuber (2021). Chunk form: Yang et al. (2024).
     """
     borders, period = check_fast_weight(
         query, key, value, {"beta": beta}, initial_state, cu_seqlens, reads, period, chunk_size

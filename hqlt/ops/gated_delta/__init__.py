@@ -41,7 +41,7 @@ def gated_delta_rule(
     Raises:
         TypeError, ValueError: as :func:`hqlt.ops.delta_rule`.
 
-    Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (2025), Eq. 10.
+    Source: Yang, Kautz, Hatamizadeh, Gated Delta Networks (2025).
     """
     gates = {"beta": beta, "log_decay": log_decay}
     borders, period = check_fast_weight(query, key, value, gates, initial_state, cu_seqlens, reads, period, chunk_size)

@@ -45,7 +45,7 @@ def linear_attention(
     Raises:
         TypeError, ValueError: as :func:`hqlt.ops.delta_rule`.
 
-    Source: Katharopoulos et al. (2020), Eq. 16–20; paper appendix, "w. Linear Attn.".
+    Source: Katharopoulos et al. (2020); the paper's ablation "w. Linear Attn.".
     """
     gates = {} if beta is None else {"beta": beta}
     borders, period = check_fast_weight(

@@ -50,7 +50,7 @@ def window_attention(
     Raises:
         TypeError, ValueError: dtypes, shapes, borders or options that do not fit.
 
-    Source: paper Eq. 9 and section 3; sliding and anchored windows are those of Synchronous and Delayed-Chunk.
+    Source: KV memory of the paper; Synchronous and Delayed-Streaming slide the window, Delayed-Chunk anchors it.
     """
     check_qkv(query, key, value)
     check_shape("key", key, (query.shape[0], key.shape[1], *query.shape[2:]), "[B, P + T, H, K]")
