@@ -9,7 +9,7 @@ from hqlt.config import MemoryConfig
 
 
 class Mixer(nn.Module):
-    """o = a ⊙ fw_read + b ⊙ kv_read, with weights a and b that the kind of mixer decides (the paper's mixing strategies).
+    """o = a ⊙ fw_read + b ⊙ kv_read, with weights a and b that the kind of mixer decides.
 
     ==========================  =====================================  ================
     mixer                       a, b                                   extra parameters

@@ -41,13 +41,16 @@ def load_model(directory: Path | str) -> LanguageModel:
     try:
         config = ModelConfig.from_dict(json.loads((directory / CONFIG).read_text(encoding="utf-8")))
         weights = load_file(directory / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, TypeError) as error:
         raise ValueError(f"the model in {directory} is damaged: {error}") from error
-    if config.tie_embeddings:
-        weights["head.weight"] = weights["embedding.weight"]
     with torch.device("meta"):
         model = LanguageModel(config)
     try:
+        if config.tie_embeddings:
+            if "head.weight" in weights:
+                raise RuntimeError("the head is stored apart but the configuration ties it to the embedding")
+            if "embedding.weight" in weights:
+                weights["head.weight"] = weights["embedding.weight"]
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{directory / WEIGHTS} does not fit {directory / CONFIG}: {error}") from error

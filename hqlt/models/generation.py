@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -34,12 +35,14 @@ def generate(
         state: of the text before the prompt.
 
     Raises:
-        ValueError: an empty prompt, a negative temperature, or top_p outside (0, 1].
+        ValueError: an empty prompt, a negative or infinite temperature, a negative count, or top_p outside (0, 1].
     """
     if prompt.dim() != 1 or prompt.numel() == 0:
         raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; expected [T] with at least one token")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature={temperature} must be at least 0 and top_p={top_p} in (0, 1]")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature} must be finite and at least 0, and top_p={top_p} in (0, 1]")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
     generator = torch.Generator(prompt.device).manual_seed(seed)
     logits, state = model(prompt[None], state)
     for _ in range(max_new_tokens):
@@ -52,7 +55,7 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     """One token id from logits [V]."""
     if temperature == 0:
         return logits.argmax()
-    probability, order = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    probability, order = ((logits.float() - logits.max()) / temperature).softmax(-1).sort(descending=True)
     # A token stays if the more likely ones have not reached top_p yet; the first always does.
     probability[probability.cumsum(-1) - probability >= top_p] = 0
     return order[torch.multinomial(probability, 1, generator=generator)]

@@ -37,15 +37,17 @@ class ByteCorpus:
 
     def batch(self, batch_size: int, length: int, seed: int, step: int) -> Tensor:
         """Random windows of the training text, int64 [B, T]; a pure function of (seed, step)."""
+        if len(self.train) < length:
+            raise ValueError(f"{len(self.train)} training bytes are too few for a window of {length}")
         generator = np.random.default_rng((seed, step))
-        starts = torch.from_numpy(generator.integers(0, len(self.train) - length, batch_size))
+        starts = torch.from_numpy(generator.integers(0, len(self.train) - length + 1, batch_size))
         return self.train[starts[:, None] + torch.arange(length)[None, :]].long()
 
     def validation_windows(self, count: int, length: int) -> Tensor:
         """``count`` windows spread evenly over the held-out text, int64 [count, T]."""
         if len(self.validation) < length * count:
             raise ValueError(f"{len(self.validation)} held-out bytes are too few for {count} windows of {length}")
-        starts = torch.linspace(0, len(self.validation) - length, count).long()
+        starts = torch.arange(count) * (len(self.validation) - length) // max(1, count - 1)
         return self.validation[starts[:, None] + torch.arange(length)[None, :]].long()
 
 

@@ -27,5 +27,7 @@ def load_checkpoint(path: Path, check: Callable[[dict[str, Any]], None]) -> dict
         raise ValueError(
             f"{path} is not a readable checkpoint ({error}); delete it to start this run afresh"
         ) from error
+    if not isinstance(content, dict) or "identity" not in content:
+        raise ValueError(f"{path} is not a readable checkpoint (of a training run); delete it to start afresh")
     check(content)
     return content

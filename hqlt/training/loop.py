@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from hqlt.training.optimizer import make_adamw, warmup_cosine
 Metrics = dict[str, Any]
 
 SAVE_EVERY = 20.0  # seconds
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,42 +102,41 @@ def train(
     optimizer = make_adamw(model, config.learning_rate, config.weight_decay, config.betas)
     path = directory / "checkpoint.pt"
     saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
-    step, rows, seconds = 0, [], 0.0
+    progress: Metrics = {"step": 0, "tokens": 0, "seconds": 0.0, "rows": []}
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        step, rows, seconds = saved["step"], saved["rows"], saved["seconds"]
+        torch.set_rng_state(saved["random"])
+        progress = saved["progress"]
+    rows: list[Metrics] = progress["rows"]
     write_jsonl(directory / "metrics.jsonl", rows)
+    if progress["step"] == config.steps:
+        return rows
 
     def save() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity}
-        save_checkpoint(path, {**state, "step": step, "rows": rows, "seconds": seconds})
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+        save_checkpoint(path, {**state, "identity": identity, "progress": progress})
 
-    if step == config.steps:
-        return rows
-    with stop_requests() as stop, _progress(config.steps, step, label, position) as bar:
-        last_save, started, tokens = time.monotonic(), time.monotonic(), 0
-        while step < config.steps:
-            input_ids, targets = task.batch(config.seed, step)
-            rate = warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate)
-            loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config.clip)
-            step, tokens = step + 1, tokens + input_ids.numel()
+    model.train()
+    with stop_requests() as stop, _progress(config.steps, progress["step"], label, position) as bar:
+        last_save = time.monotonic()
+        while progress["step"] < config.steps:
+            loss = _advance(model, optimizer, task, config, progress)
             bar.update()
-            if step % 10 == 0:
-                elapsed = time.monotonic() - started
-                bar.set_postfix_str(f"loss {loss:.3f}, {tokens / elapsed:,.0f} tokens/s", refresh=False)
-            if step % config.evaluate_every == 0 or step == config.steps:
-                elapsed = time.monotonic() - started
-                row = {"step": step, "loss": loss, "seconds": round(seconds + elapsed, 2)}
-                rows.append({**row, "tokens_per_second": round(tokens / elapsed), **evaluate(model, task)})
+            if progress["step"] % 10 == 0:
+                rate = progress["tokens"] / progress["seconds"]
+                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
+            last = progress["step"] == config.steps
+            if last or progress["step"] % config.evaluate_every == 0:
+                rows.append(_row(progress, loss, evaluate(model, task)))
                 with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-            if stop.is_set() or step == config.steps or time.monotonic() - last_save > SAVE_EVERY:
-                seconds, started, tokens = seconds + time.monotonic() - started, time.monotonic(), 0
+            if last or stop.is_set() or time.monotonic() - last_save > SAVE_EVERY:
                 save()
                 last_save = time.monotonic()
-            if stop.is_set() and step < config.steps:
-                raise Interrupted(f"stopped at step {step} of {config.steps}; run the same command to go on")
+            if stop.is_set() and not last:
+                done = f"{progress['step']} of {config.steps}"
+                raise Interrupted(f"stopped at step {done}; run the same command to go on")
     return rows
 
 
@@ -149,6 +150,21 @@ def evaluate(model: LanguageModel, task: Task) -> Metrics:
     return metrics
 
 
+def _advance(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, task: Task, config: TrainingConfig, progress: Metrics
+) -> float:
+    """One optimiser step, counted in ``progress``; the loss before it."""
+    started = time.monotonic()
+    step = progress["step"]
+    input_ids, targets = task.batch(config.seed, step)
+    rate = warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate)
+    loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config.clip)
+    progress["step"] += 1
+    progress["tokens"] += input_ids.numel()
+    progress["seconds"] += time.monotonic() - started
+    return loss
+
+
 def _update(
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -157,19 +173,31 @@ def _update(
     learning_rate: float,
     clip: float,
 ) -> float:
-    """One optimiser step; the loss before it."""
+    """Move the weights once; the loss before."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
     hidden, _ = model.hidden_states(input_ids)
     loss = model.target_loss(hidden, targets)
     value = loss.item()
-    if value != value or abs(value) == float("inf"):
+    if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value}; lower the learning rate")
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     optimizer.step()
     return value
+
+
+def _row(progress: Metrics, loss: float, measured: Metrics) -> Metrics:
+    """One line of the metrics; seconds are those of training, without evaluation."""
+    return {
+        "step": progress["step"],
+        "tokens": progress["tokens"],
+        "seconds": round(progress["seconds"], 2),
+        "tokens_per_second": round(progress["tokens"] / progress["seconds"]),
+        "loss": loss,
+        **measured,
+    }
 
 
 def _identity(model: LanguageModel, task: Task, config: TrainingConfig) -> str:
@@ -196,12 +224,11 @@ def stop_requests() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda *_: stop.set()) for number in numbers]
+    previous = [signal.signal(number, lambda *_: stop.set()) for number in STOP_SIGNALS]
     try:
         yield stop
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in zip(STOP_SIGNALS, previous, strict=True):
             signal.signal(number, handler)
 
 

@@ -11,7 +11,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from hqlt.training.loop import Interrupted, stop_requests
+from hqlt.training.loop import STOP_SIGNALS, Interrupted, stop_requests
 
 INTERRUPTED = 130
 
@@ -64,23 +65,39 @@ def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
                 slot = min(set(range(workers)) - set(running))
                 job = waiting.pop(0)
                 process = context.Process(target=_work, args=(job, slot, threads, lock), name=job.name)
-                process.start()
+                with _signals_held():
+                    process.start()
                 running[slot] = (process, job)
             if not running:
                 break
-            if stop.is_set() or failed:
+            stopping = stop.is_set() or bool(failed)
+            if stopping:
                 for process, _ in running.values():
                     _ask_to_stop(process)
             wait([process.sentinel for process, _ in running.values()], timeout=0.5)
             for slot, (process, job) in list(running.items()):
                 if process.exitcode is not None:
                     del running[slot]
-                    if process.exitcode not in (0, INTERRUPTED):
+                    # A request that comes while a worker is leaving ends it at once: it has saved by then.
+                    if process.exitcode not in (0, INTERRUPTED, -signal.SIGTERM if stopping else 0):
                         failed.append(f"{job.name} (exit status {process.exitcode})")
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}; what was done is saved")
     if stop.is_set():
         raise Interrupted("stopped; progress is saved: run the same command to go on")
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait until the block ends. A process started in it keeps them waiting until it is ready for them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _ask_to_stop(process: SpawnProcess) -> None:
@@ -93,7 +110,11 @@ def _work(job: Job, slot: int, threads: int, lock: Any) -> None:
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)
     try:
-        job.function(*job.arguments, slot)
+        with stop_requests():
+            # A signal that came too early sets nothing that the job looks at; the parent repeats it.
+            if hasattr(signal, "pthread_sigmask"):
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+            job.function(*job.arguments, slot)
     except (Interrupted, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except Exception:
