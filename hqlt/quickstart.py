@@ -117,11 +117,12 @@ def parity_task(recipe: ParityRecipe) -> Task:
         return {"accuracy": accuracy}
 
     fingerprint = {"shortest": recipe.shortest, "longest": recipe.longest, "batch_size": recipe.batch_size}
-    return Task(batch, evaluate, {**fingerprint, "growth": recipe.growth})
+    tested = {"test_lengths": list(recipe.test_lengths), "test_sequences": PARITY_TEST_SEQUENCES}
+    return Task(batch, evaluate, {**fingerprint, "growth": recipe.growth, **tested})
 
 
-def stream_text(model: LanguageModel, prompt: str, count: int, seed: int) -> str:
-    """Print a continuation byte by byte as it is sampled; prompt and continuation."""
+def stream_text(model: LanguageModel, prompt: str, count: int, seed: int) -> bytes:
+    """Print a continuation byte by byte as it is sampled; returns prompt and continuation."""
     _say(f"   {count} bytes after {prompt!r}:\n")
     written = bytearray(prompt.encode())
     print(prompt, end="", flush=True)
@@ -131,7 +132,7 @@ def stream_text(model: LanguageModel, prompt: str, count: int, seed: int) -> str
         # A byte may be part of a longer character or stand for none; the report shows the decoded whole.
         print(chr(byte) if 32 <= byte < 127 or byte == 10 else "·", end="", flush=True)
     print(f"\n   ({count / (time.monotonic() - started):,.0f} bytes/s)", flush=True)
-    return written.decode(errors="replace")
+    return bytes(written)
 
 
 def _train(task: str, name: str, directory: Path, seed: int, position: int) -> None:
@@ -159,7 +160,7 @@ def _finished(task: str, name: str, directory: Path, seed: int, corpus: ByteCorp
     return Run(name, model.eval(), rows)
 
 
-def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity_runs: list[Run], sample: str) -> str:
+def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity_runs: list[Run], sample: bytes) -> str:
     """The report as one HTML page."""
     from hqlt.analysis.report import Curve, Section, figure_svg, plot_curves, plot_gates, render
 
@@ -170,7 +171,8 @@ def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity
     by_length: dict[str, Curve] = {
         run.name: [(int(length), value) for length, value in run.final["accuracy"].items()] for run in parity_runs
     }
-    excerpt = torch.tensor(list(sample.encode()[:160]))
+    decoded = sample.decode(errors="replace").replace("\0", "␀")
+    excerpt = torch.tensor(list(sample[:160]))
     best = min(run.final["bits_per_byte"] for run in text_runs)
     return render(
         "HQLT quick start",
@@ -214,7 +216,7 @@ def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity
                 "FW memory alone, 0 is KV memory alone.",
                 figure=figure_svg(plot_gates(memory_gates(text_runs[0].model, excerpt), excerpt.tolist())),
             ),
-            Section("Text sampled from the HQLT model", "Temperature 0.7, top-p 0.95.", code=sample),
+            Section("Text sampled from the HQLT model", "Temperature 0.7, top-p 0.95.", code=decoded),
         ],
         f"Python {platform.python_version()}, torch {torch.__version__}, one CPU thread per run, "
         f"{platform.machine()}. Command: hqlt quickstart --seed {text.training.seed}",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hypothesis import given, note
+from hypothesis import given, note, settings
 from hypothesis import strategies as st
 
 from hqlt.config import MIXERS, POSITION_ENCODINGS, UPDATE_RULES
@@ -52,7 +52,8 @@ class Call:
 
 @st.composite
 def calls(draw, rows: int) -> list[Call]:
-    row = st.tuples(st.integers(0, 3), st.integers(0, 12), st.integers(0, 3))
+    # Rows without a token are as frequent as others: they keep their state while the rows beside them go on.
+    row = st.tuples(st.integers(0, 3), st.one_of(st.just(0), st.integers(1, 12)), st.integers(0, 3))
     return [Call(draw(st.lists(row, min_size=rows, max_size=rows))) for _ in range(draw(st.integers(1, 4)))]
 
 
@@ -95,6 +96,7 @@ def test_packed_documents_equal_separate_ones(options, batches, seed):
         assert_same_state(row_of(layer, state, n), alone)
 
 
+@settings(max_examples=120)
 @given(options=configurations(), calls=st.integers(1, 4).flatmap(calls), seed=st.integers(0, 99))
 def test_padded_rows_equal_unpadded_ones(options, calls, seed):
     layer, state = make_layer(**options), None

@@ -245,7 +245,8 @@ def test_text_is_streamed_as_it_is_sampled(capsys):
     torch.manual_seed(1)
     model = LanguageModel(small_text().models["HQLT"]).eval()
     text = stream_text(model, "ab", 40, seed=1)
-    assert text.startswith("ab")
+    assert text.startswith(b"ab")
+    assert len(text) == 42
     assert text == stream_text(model, "ab", 40, seed=1) != stream_text(model, "ab", 40, seed=2)
     printed = capsys.readouterr().out
     assert "40 bytes after 'ab'" in printed

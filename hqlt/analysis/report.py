@@ -83,7 +83,7 @@ def plot_gates(gates: Tensor, text: list[int]) -> Figure:
 
 
 def figure_svg(figure: Figure) -> str:
-    """A figure as an SVG element, the same bytes for the same figure."""
+    """A figure as an SVG element: the same bytes for the same data."""
     import matplotlib
 
     buffer = io.StringIO()

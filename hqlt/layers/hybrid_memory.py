@@ -14,7 +14,7 @@ from hqlt.layers.kv_memory import read_kv_memory
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.segments import Segments, Span
-from hqlt.layers.state import MemoryState, compact
+from hqlt.layers.state import PER_TOKEN, MemoryState, compact
 from hqlt.layers.update_rules import RULES, UpdateRule
 from hqlt.ops import short_convolution
 
@@ -94,10 +94,13 @@ class HybridMemory(nn.Module):
         whole = self._empty_state(segments.documents, x)
         if state is not None:
             self._check_state(state, whole)
-            whole = state
+            whole = state.resize(self._held(state.position))
         if segments.empty:
             return torch.zeros_like(x), whole
-        past = whole if segments.rows is None else whole.select(segments.rows)
+        past = whole
+        if segments.rows is not None:
+            past = whole.select(segments.rows)
+            past = past.resize(self._held(past.position))
         span = segments.span(self.schedule)
         query, key, value, convolution = self._project(x, past, span)
         kept = {"key": span.join(past.key, key), "value": span.join(past.value, value)}
@@ -125,7 +128,14 @@ class HybridMemory(nn.Module):
             **({name: span.keep(joined) for name, joined in kept.items()} if self.config.kv_memory else {}),
         )
         y = self._output(x, reads)
-        return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
+        if segments.rows is None:
+            return y, new
+        held = self._held(whole.position.index_copy(0, segments.rows, new.position))
+        return y, whole.replace_rows(segments.rows, new, held)
+
+    def _held(self, position: Tensor) -> int:
+        """Tokens that KV memory has to hold for the document that needs most."""
+        return max(self.schedule.held(p) for p in position.tolist())
 
     def _attention_dropout(self) -> float:
         return self.config.dropout if self.training and self.update_rule is None else 0.0
@@ -143,12 +153,12 @@ class HybridMemory(nn.Module):
 
     def _check_state(self, state: MemoryState, empty: MemoryState) -> None:
         """The state has the parts, sizes and KV length of this layer's configuration."""
-        held = max(self.schedule.held(p) for p in state.position.tolist())
+        held = self._held(state.position)
         for name in ("fast_weight", "key", "value", "beta", "log_decay", "convolution"):
             given, expected = getattr(state, name), getattr(empty, name)
             shape = None if expected is None else list(expected.shape)
-            if shape is not None and name in ("key", "value", "beta", "log_decay"):
-                shape[1] = held
+            if shape is not None and given is not None and name in PER_TOKEN:
+                shape[1] = max(held, given.shape[1])  # rows that were selected may need less than there is
             if (None if given is None else list(given.shape)) != shape:
                 raise ValueError(
                     f"state.{name} has shape {None if given is None else tuple(given.shape)} but this layer carries "

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PER_TOKEN = ("key", "value", "beta", "log_decay")
+
 
 @dataclass(frozen=True)
 class MemoryState:
@@ -48,16 +50,17 @@ class MemoryState:
         """The states of these documents, in this order; a document may be repeated."""
         return self.map(lambda x: x.index_select(0, rows.to(x.device)))
 
-    def replace_rows(self, rows: Tensor, other: MemoryState) -> MemoryState:
-        """This state with the given documents taken from ``other``."""
-        merged = {}
-        for name, theirs in other.tensors().items():
-            mine = self.tensors()[name].to(theirs.dtype)
-            if mine.dim() > 1 and mine.shape[1] != theirs.shape[1]:  # KV memories of different lengths
-                longest = max(mine.shape[1], theirs.shape[1])
-                mine, theirs = _lengthen(mine, longest), _lengthen(theirs, longest)
-            merged[name] = mine.index_copy(0, rows.to(mine.device), theirs)
-        return MemoryState(**merged)
+    def resize(self, held: int) -> MemoryState:
+        """The state with room for this many tokens per document in KV memory: zeros appended, or cut off."""
+        parts = {name: getattr(self, name) for name in PER_TOKEN}
+        return dataclasses.replace(self, **{name: _resize(x, held) for name, x in parts.items() if x is not None})
+
+    def replace_rows(self, rows: Tensor, other: MemoryState, held: int) -> MemoryState:
+        """This state with the given documents taken from ``other``, and room for ``held`` tokens in KV memory."""
+        mine, theirs = self.resize(held).tensors(), other.resize(held).tensors()
+        return MemoryState(**{
+            name: mine[name].to(x.dtype).index_copy(0, rows.to(x.device), x) for name, x in theirs.items()
+        })  # fmt: skip
 
     @property
     def num_bytes(self) -> int:
@@ -70,8 +73,8 @@ class MemoryState:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def _lengthen(x: Tensor, length: int) -> Tensor:
-    return F.pad(x, (0, 0) * (x.dim() - 2) + (0, length - x.shape[1]))
+def _resize(x: Tensor, held: int) -> Tensor:
+    return x if x.shape[1] == held else F.pad(x, (0, 0) * (x.dim() - 2) + (0, held - x.shape[1]))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from hqlt.layers.state import ModelState
 from hqlt.models.language_model import LanguageModel
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel,
     prompt: Tensor,
@@ -43,12 +42,24 @@ def generate(
         raise ValueError(f"temperature={temperature} must be finite and at least 0, and top_p={top_p} in (0, 1]")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
+    return _generate(model, prompt, max_new_tokens, temperature, top_p, seed, state)
+
+
+@torch.no_grad()
+def _generate(
+    model: LanguageModel,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    state: ModelState | None,
+) -> Iterator[int]:
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    logits, state = model(prompt[None], state)
     for _ in range(max_new_tokens):
-        token = _sample(logits[0, -1], temperature, top_p, generator)
-        yield int(token)
-        logits, state = model(token.view(1, 1), state)
+        logits, state = model(prompt[None], state)
+        prompt = _sample(logits[0, -1], temperature, top_p, generator).view(1)
+        yield int(prompt)
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

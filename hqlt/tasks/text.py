@@ -24,7 +24,9 @@ class ByteCorpus:
 
     @classmethod
     def from_documents(cls, documents: Iterable[tuple[str, bytes]], held_out_every: int = 20) -> ByteCorpus:
-        """Every n-th document, in the order of their names, is held out."""
+        """Every n-th document (n ≥ 2), in the order of their names, is held out."""
+        if held_out_every < 2:
+            raise ValueError(f"held_out_every={held_out_every} must be at least 2, or nothing is left to train on")
         parts: tuple[list[bytes], list[bytes]] = ([], [])
         for n, (_, content) in enumerate(sorted(documents)):
             parts[n % held_out_every == held_out_every - 1].append(content)

@@ -79,7 +79,8 @@ def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
                 if process.exitcode is not None:
                     del running[slot]
                     # A request that comes while a worker is leaving ends it at once: it has saved by then.
-                    if process.exitcode not in (0, INTERRUPTED, -signal.SIGTERM if stopping else 0):
+                    gone = (0, INTERRUPTED, -signal.SIGTERM, -signal.SIGINT) if stopping else (0,)
+                    if process.exitcode not in gone:
                         failed.append(f"{job.name} (exit status {process.exitcode})")
     if failed:
         raise RuntimeError(f"failed: {', '.join(failed)}; what was done is saved")
@@ -121,3 +122,6 @@ def _work(job: Job, slot: int, threads: int, lock: Any) -> None:
         with lock:
             traceback.print_exc()
         sys.exit(1)
+    finally:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

@@ -102,10 +102,24 @@ def test_selected_documents_go_on_in_their_new_order(options):
 def test_replaced_documents_come_from_the_other_state(options):
     layer, state = state_after([4, 2, 9], **options)
     _, other = state_after([1, 13], **options)
-    merged = state.replace_rows(torch.tensor([2, 0]), other)
+    held = max(layer.schedule.held(position) for position in (13, 2, 1))
+    merged = state.replace_rows(torch.tensor([2, 0]), other, held)
     assert merged.position.tolist() == [13, 2, 1]
     for row, (source, its_row) in enumerate([(other, 1), (state, 1), (other, 0)]):
         assert_same_state(row_of(layer, merged, row), row_of(layer, source, its_row))
+
+
+@pytest.mark.parametrize("window", [3, 5])
+def test_rows_that_need_less_room_than_others_did_go_on(window):
+    # Positions 4 and 5 of the first call, then 6 and 5: with a chunk of 5 the longest KV memory shrinks from 4 to 1.
+    layer, state = state_after([4, 5], schedule="delayed_chunk", window=window)
+    x = torch.randn(2, 3, 16).double()
+    expected = [layer(x[:1], state.select(torch.tensor([0])))[0], layer(x[1:, :1], state.select(torch.tensor([1])))[0]]
+    first, state = layer(x[:, :2], state, attention_mask=torch.tensor([[1, 1], [0, 0]]))
+    assert_close(first[:1], expected[0][:, :2])
+    rest, _ = layer(torch.stack([x[0, 2:], x[1, :1]]), state)
+    assert_close(rest[:1], expected[0][:, 2:])
+    assert_close(rest[1:], expected[1])
 
 
 def test_map_reaches_every_tensor():
