@@ -94,13 +94,10 @@ class HybridMemory(nn.Module):
         whole = self._empty_state(segments.documents, x)
         if state is not None:
             self._check_state(state, whole)
-            whole = state.resize(self._held(state.position))
+            whole = state
         if segments.empty:
             return torch.zeros_like(x), whole
-        past = whole
-        if segments.rows is not None:
-            past = whole.select(segments.rows)
-            past = past.resize(self._held(past.position))
+        past = whole if segments.rows is None else whole.select(segments.rows)
         span = segments.span(self.schedule)
         query, key, value, convolution = self._project(x, past, span)
         kept = {"key": span.join(past.key, key), "value": span.join(past.value, value)}
@@ -123,19 +120,13 @@ class HybridMemory(nn.Module):
             reads.append(read_kv_memory(*tokens, span, self.config, self._attention_dropout()))
         new = MemoryState(
             position=torch.tensor(segments.position),
+            held=torch.tensor([self.schedule.held(p) for p in segments.position]),
             fast_weight=fast_weight,
             convolution=convolution,
             **({name: span.keep(joined) for name, joined in kept.items()} if self.config.kv_memory else {}),
         )
         y = self._output(x, reads)
-        if segments.rows is None:
-            return y, new
-        held = self._held(whole.position.index_copy(0, segments.rows, new.position))
-        return y, whole.replace_rows(segments.rows, new, held)
-
-    def _held(self, position: Tensor) -> int:
-        """Tokens that KV memory has to hold for the document that needs most."""
-        return max(self.schedule.held(p) for p in position.tolist())
+        return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
 
     def _attention_dropout(self) -> float:
         return self.config.dropout if self.training and self.update_rule is None else 0.0
@@ -153,12 +144,17 @@ class HybridMemory(nn.Module):
 
     def _check_state(self, state: MemoryState, empty: MemoryState) -> None:
         """The state has the parts, sizes and KV length of this layer's configuration."""
-        held = self._held(state.position)
+        held = [self.schedule.held(p) for p in state.position.tolist()]
+        if state.held.tolist() != held:
+            raise ValueError(
+                f"the state holds {state.held.tolist()} tokens in KV memory where this layer would hold {held}; "
+                "the state comes from another configuration"
+            )
         for name in ("fast_weight", "key", "value", "beta", "log_decay", "convolution"):
             given, expected = getattr(state, name), getattr(empty, name)
             shape = None if expected is None else list(expected.shape)
-            if shape is not None and given is not None and name in PER_TOKEN:
-                shape[1] = max(held, given.shape[1])  # rows that were selected may need less than there is
+            if shape is not None and name in PER_TOKEN:
+                shape[1] = max(held)
             if (None if given is None else list(given.shape)) != shape:
                 raise ValueError(
                     f"state.{name} has shape {None if given is None else tuple(given.shape)} but this layer carries "
@@ -170,6 +166,7 @@ class HybridMemory(nn.Module):
         beta = self.schedule.anchored
         return MemoryState(
             position=torch.zeros(documents, dtype=torch.long),
+            held=torch.zeros(documents, dtype=torch.long),
             fast_weight=None if self.update_rule is None else self.update_rule.zeros(documents, x),
             key=x.new_zeros(documents, 0, heads, config.key_dim) if config.kv_memory else None,
             value=x.new_zeros(documents, 0, heads, config.value_dim) if config.kv_memory else None,

@@ -98,9 +98,9 @@ class Segments:
         if self.dense:
             return y
         if self._index is None:
-            return y[0].unflatten(0, (self.batch, self.length))
+            return y[0].reshape(self.batch, self.length, *y.shape[2:])
         out = y.new_zeros(self.batch * self.length, *y.shape[2:])
-        return out.index_copy(0, self._index, y[0]).unflatten(0, (self.batch, self.length))
+        return out.index_copy(0, self._index, y[0]).view(self.batch, self.length, *y.shape[2:])
 
     def token_positions(self) -> Tensor:
         """Position of each new token in its document, [1, T] dense or [1, tokens] packed."""
@@ -216,7 +216,7 @@ class PackedSpan:
 
     def keep(self, joined: Tensor) -> Tensor:
         """The tokens that the next state carries, [N, n', …], zeros after a document's last."""
-        return self._take(joined, self._keep.flatten()).unflatten(0, self._keep.shape)
+        return self._take(joined, self._keep.flatten()).view(*self._keep.shape, *joined.shape[2:])
 
     def delayed(self, joined: Tensor, delay: int) -> Tensor:
         """For each new token the one ``delay`` tokens earlier, zeros where there is none."""

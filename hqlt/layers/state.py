@@ -19,13 +19,16 @@ class MemoryState:
 
     Attributes:
         position: tokens seen by each document, int64 [N] on the host, so that control flow never waits for a device.
+        held: tokens of each document in KV memory, int64 [N] on the host.
         fast_weight: FW memory, [N, H, K, V] ([N, H, K, V + 1] for linear attention), at least float32.
-        key, value: KV memory, [N, n, H, K] and [N, n, H, V]: unrotated, oldest first, zeros after a document's last.
+        key, value: KV memory, [N, n, H, K] and [N, n, H, V], n the most that a document holds: unrotated, oldest first,
+            zeros after a document's last.
         beta, log_decay: gates of the same tokens, [N, n, H], where the schedule writes them later with their own.
         convolution: last inputs of the short convolution on query, key and value, [N, C − 1, 2·H·K + H·V].
     """
 
     position: Tensor
+    held: Tensor
     fast_weight: Tensor | None = None
     key: Tensor | None = None
     value: Tensor | None = None
@@ -48,16 +51,23 @@ class MemoryState:
 
     def select(self, rows: Tensor) -> MemoryState:
         """The states of these documents, in this order; a document may be repeated."""
-        return self.map(lambda x: x.index_select(0, rows.to(x.device)))
+        chosen = self.map(lambda x: x.index_select(0, rows.to(x.device)))
+        return chosen._resize(chosen.num_held)
 
-    def resize(self, held: int) -> MemoryState:
+    @property
+    def num_held(self) -> int:
+        """The most tokens that a document holds in KV memory."""
+        return int(self.held.max())
+
+    def _resize(self, held: int) -> MemoryState:
         """The state with room for this many tokens per document in KV memory: zeros appended, or cut off."""
         parts = {name: getattr(self, name) for name in PER_TOKEN}
-        return dataclasses.replace(self, **{name: _resize(x, held) for name, x in parts.items() if x is not None})
+        return dataclasses.replace(self, **{name: _fit(x, held) for name, x in parts.items() if x is not None})
 
-    def replace_rows(self, rows: Tensor, other: MemoryState, held: int) -> MemoryState:
-        """This state with the given documents taken from ``other``, and room for ``held`` tokens in KV memory."""
-        mine, theirs = self.resize(held).tensors(), other.resize(held).tensors()
+    def replace_rows(self, rows: Tensor, other: MemoryState) -> MemoryState:
+        """This state with the given documents taken from ``other``."""
+        held = int(self.held.index_copy(0, rows, other.held).max())
+        mine, theirs = self._resize(held).tensors(), other._resize(held).tensors()
         return MemoryState(**{
             name: mine[name].to(x.dtype).index_copy(0, rows.to(x.device), x) for name, x in theirs.items()
         })  # fmt: skip
@@ -73,7 +83,7 @@ class MemoryState:
         return {name: part for name, part in parts.items() if part is not None}
 
 
-def _resize(x: Tensor, held: int) -> Tensor:
+def _fit(x: Tensor, held: int) -> Tensor:
     return x if x.shape[1] == held else F.pad(x, (0, 0) * (x.dim() - 2) + (0, held - x.shape[1]))
 
 

@@ -117,7 +117,7 @@ class PackedTiles:
     def split(self, x: Tensor) -> Tensor:
         """[1, T, H, …] → [tiles, H, C, …], zeros where a tile has no token."""
         x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))
-        return x.index_select(0, self._token).unflatten(0, (-1, self.grid.tile)).transpose(1, 2)
+        return x.index_select(0, self._token).view(-1, self.grid.tile, *x.shape[1:]).transpose(1, 2)
 
     def merge(self, x: Tensor) -> Tensor:
         """[tiles, H, C, …] → [1, T, H, …]."""

@@ -22,7 +22,7 @@ class _UnitLowerInverse(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """d(I + L)⁻¹ = −A dL A, hence dL = −Aᵀ dA Aᵀ below the diagonal."""
-        (inverse,) = ctx.saved_tensors
+        inverse: Tensor = ctx.saved_tensors[0]
         return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
 
 

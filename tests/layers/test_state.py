@@ -32,16 +32,16 @@ def test_a_rich_state_has_every_part():
 
 
 def test_parts_that_a_layer_lacks_are_absent():
-    assert set(state_after([4], **only_memory())[1].tensors()) == {"position", "fast_weight"}
-    assert set(state_after([4], update_rule=None)[1].tensors()) == {"position", "key", "value"}
-    assert set(state_after([4])[1].tensors()) == {"position", "fast_weight", "key", "value"}
+    assert set(state_after([4], **only_memory())[1].tensors()) == {"position", "held", "fast_weight"}
+    assert set(state_after([4], update_rule=None)[1].tensors()) == {"position", "held", "key", "value"}
+    assert set(state_after([4])[1].tensors()) == {"position", "held", "fast_weight", "key", "value"}
     linear = state_after([4], **only_memory(update_rule="linear"))[1]
     assert linear.fast_weight.shape == (1, 2, 8, 9)
 
 
 def test_num_bytes_counts_every_tensor():
     _, state = state_after([4, 2, 3], **RICH)
-    expected = 3 * 8 + 8 * (3 * 2 * 8 * 8 + 2 * 3 * 4 * 2 * 8 + 2 * 3 * 4 * 2 + 3 * 3 * 48)
+    expected = 2 * 3 * 8 + 8 * (3 * 2 * 8 * 8 + 2 * 3 * 4 * 2 * 8 + 2 * 3 * 4 * 2 + 3 * 3 * 48)
     assert state.num_bytes == expected
     assert ModelState((state, state)).num_bytes == 2 * expected
 
@@ -102,8 +102,7 @@ def test_selected_documents_go_on_in_their_new_order(options):
 def test_replaced_documents_come_from_the_other_state(options):
     layer, state = state_after([4, 2, 9], **options)
     _, other = state_after([1, 13], **options)
-    held = max(layer.schedule.held(position) for position in (13, 2, 1))
-    merged = state.replace_rows(torch.tensor([2, 0]), other, held)
+    merged = state.replace_rows(torch.tensor([2, 0]), other)
     assert merged.position.tolist() == [13, 2, 1]
     for row, (source, its_row) in enumerate([(other, 1), (state, 1), (other, 0)]):
         assert_same_state(row_of(layer, merged, row), row_of(layer, source, its_row))

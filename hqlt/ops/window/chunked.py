@@ -85,7 +85,7 @@ def _rows(
     keys, values = (x.unfold(1, span, tile).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (key, value))
     mask = mask.to(query.device).repeat(query.shape[0], 1, 1)[:, None]
     read = _attend(query.unflatten(1, (count, tile)).flatten(0, 1), keys, values, scale, dropout, mask)
-    read = read.unflatten(0, (-1, count)).flatten(1, 2)
+    read = read.reshape(-1, count * tile, *read.shape[2:])
     return read[:, past : past + length] if anchored else read[:, :length]
 
 
