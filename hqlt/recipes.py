@@ -69,7 +69,7 @@ def quickstart_parity(seed: int = 0) -> ParityRecipe:
             "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
         },
         training=TrainingConfig(
-            steps=200, learning_rate=3e-3, warmup_steps=10, weight_decay=0.01, evaluate_every=25, seed=seed
+            steps=400, learning_rate=3e-3, warmup_steps=20, weight_decay=0.01, evaluate_every=50, seed=seed
         ),
         batch_size=128,
         shortest=3,
