@@ -84,6 +84,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_read: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_read.device.type, enabled=False):  # backward() may be called inside an autocast block
+            return _Scan._backward(ctx, grad_read, grad_final)
+
+    @staticmethod
+    def _backward(ctx: Any, grad_read: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         query, inner, key_in, solve, key_out, decay, starts, stored, residual = ctx.saved_tensors
         steps: Steps = ctx.steps
         scale: float = ctx.scale

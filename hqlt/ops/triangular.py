@@ -23,7 +23,8 @@ class _UnitLowerInverse(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """d(I + L)⁻¹ = −A dL A, hence dL = −Aᵀ dA Aᵀ below the diagonal."""
         inverse: Tensor = ctx.saved_tensors[0]
-        return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
+        with torch.autocast(grad.device.type, enabled=False):  # backward() may be called inside an autocast block
+            return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:

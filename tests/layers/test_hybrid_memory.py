@@ -256,6 +256,9 @@ def test_autocast_to_bfloat16_is_near_float32(options):
         direction = torch.nn.functional.cosine_similarity(found[name].flatten(), exact[name].flatten(), 0)
         assert direction > 0.98, name
     with torch.autocast("cpu", torch.bfloat16):
+        inside = with_gradients(layer, x, lambda x: (layer(x)[0].float(),))  # backward() within the block, too
+        for name in exact:
+            assert_close(inside[name], found[name], 0.08 * max(1.0, float(found[name].abs().max())))
         parts, _ = in_segments(layer, x, [4, 1, 18])
     assert_close(parts, exact["output 0"], 0.08)
 

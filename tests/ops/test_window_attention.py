@@ -135,6 +135,22 @@ def test_no_gradient_outside_the_window(window, anchored, backend):
     assert x["value"].grad[:, 30 + start : t + 1].abs().amin((0, 2, 3)).gt(0).all()
 
 
+@pytest.mark.parametrize(("window", "anchored"), WINDOWS)
+@pytest.mark.parametrize("poisoned", [0, 1])
+def test_rows_and_heads_stay_apart_whatever_they_hold(window, anchored, poisoned):
+    tensors = [torch.randn(3, 100, 2, 8).double() for _ in range(3)]
+    expected = window_attention(*tensors, window=window, anchored=anchored)
+    for x in tensors:
+        x[1, :, poisoned] = float("nan")
+        x.requires_grad_()
+    read = window_attention(*tensors, window=window, anchored=anchored)
+    clean = torch.ones(3, 2, dtype=torch.bool)
+    clean[1, poisoned] = False
+    assert torch.equal(read.transpose(1, 2)[clean], expected.transpose(1, 2)[clean])
+    for grad in torch.autograd.grad(read.sum(), tensors):
+        assert grad.transpose(1, 2)[clean].isfinite().all()
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_large_scores_stay_finite(backend):
     x = {name: (1e3 * v).requires_grad_() for name, v in tokens(1, 90, 90, torch.float32).items()}

@@ -8,6 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops.window.band import band_attention
+
+# Beyond this window the weights that the band form keeps take more memory than they save time.
+BAND_LIMIT = 256
+BAND_DTYPES = (torch.float32, torch.float64)
+
 
 def window_attention_chunked(
     query: Tensor,
@@ -69,6 +75,8 @@ def _rows(
     if window is None or past + length <= window:
         mask = None if past == 0 else _visible(past + torch.arange(length), torch.arange(past + length), None, False)
         return _attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
+    if past == 0 and not anchored and not dropout and window <= BAND_LIMIT and query.dtype in BAND_DTYPES:
+        return band_attention(query, key, value, window, scale, max(chunk_size, window))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)
     count = -(-(past + length if anchored else length) // tile)
     if anchored:
