@@ -72,11 +72,16 @@ def _rows(
     elif window is not None and past >= window:
         first = past - window + 1
         key, value, past = key[:, first:], value[:, first:], window - 1
-    if window is None or past + length <= window:
-        mask = None if past == 0 else _visible(past + torch.arange(length), torch.arange(past + length), None, False)
+    if window is None or past + length <= max(window, chunk_size):
+        # A single tile: one masked product. A window that is not exceeded needs no mask beyond the causal one.
+        reach = window if window is not None and past + length > window else None
+        mask = None
+        if past or reach is not None:
+            mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return _attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
     if past == 0 and not anchored and not dropout and window <= BAND_LIMIT and query.dtype in BAND_DTYPES:
-        return band_attention(query, key, value, window, scale, max(chunk_size, window))
+        count = -(-length // max(chunk_size, window))
+        return band_attention(query, key, value, window, scale, max(-(-length // count), window))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)
     count = -(-(past + length if anchored else length) // tile)
     if anchored:
