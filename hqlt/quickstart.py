@@ -142,9 +142,9 @@ def _train(task: str, name: str, directory: Path, seed: int, position: int) -> N
     if task == "text":
         result = f"{run.final['bits_per_byte']:.3f} bits per byte"
     else:
-        result = ", ".join(
-            f"{value:.0f} % at length {n}" for n, value in run.final["accuracy"].items() if int(n) % 20 == 0
-        )
+        longest = quickstart_parity(seed).longest  # shown: this length and its multiples
+        shown = {n: value for n, value in run.final["accuracy"].items() if int(n) % longest == 0}
+        result = ", ".join(f"{value:.1f} % at length {n}" for n, value in shown.items())
     tqdm.write(f"   {task:6} {name:22} {result} ({run.final['seconds']:.0f} s)")
 
 

@@ -69,11 +69,11 @@ def quickstart_parity(seed: int = 0) -> ParityRecipe:
             "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
         },
         training=TrainingConfig(
-            steps=400, learning_rate=3e-3, warmup_steps=20, weight_decay=0.01, evaluate_every=50, seed=seed
+            steps=300, learning_rate=5e-3, warmup_steps=20, final_learning_rate=0.0, evaluate_every=50, seed=seed
         ),
         batch_size=128,
         shortest=3,
-        longest=20,
+        longest=24,
         growth=0.6,
-        test_lengths=(4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 60, 80),
+        test_lengths=(4, 8, 12, 16, 20, 24, 32, 40, 48, 72, 96),
     )
