@@ -17,6 +17,7 @@ from hqlt.layers.segments import Segments, Span
 from hqlt.layers.state import PER_TOKEN, MemoryState, compact
 from hqlt.layers.update_rules import RULES, UpdateRule
 from hqlt.ops import short_convolution
+from hqlt.ops.checks import state_dtype
 
 
 class HybridMemory(nn.Module):
@@ -91,10 +92,9 @@ class HybridMemory(nn.Module):
 
     def advance(self, x: Tensor, state: MemoryState | None, segments: Segments) -> tuple[Tensor, MemoryState]:
         """:meth:`forward` on tokens that ``segments`` has packed; models call it to pack once for all layers."""
-        whole = self._empty_state(segments.documents, x)
         if state is not None:
-            self._check_state(state, whole)
-            whole = state
+            self._check_state(state)
+        whole = state if state is not None else self._empty_state(segments.documents, x)
         if segments.empty:
             return torch.zeros_like(x), whole
         past = whole if segments.rows is None else whole.select(segments.rows)
@@ -142,7 +142,7 @@ class HybridMemory(nn.Module):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x is {x.dtype} but the layer's weights are {weight.dtype}; convert one of them")
 
-    def _check_state(self, state: MemoryState, empty: MemoryState) -> None:
+    def _check_state(self, state: MemoryState) -> None:
         """The state has the parts, sizes and KV length of this layer's configuration."""
         held = [self.schedule.held(p) for p in state.position.tolist()]
         if state.held.tolist() != held:
@@ -150,32 +150,41 @@ class HybridMemory(nn.Module):
                 f"the state holds {state.held.tolist()} tokens in KV memory where this layer would hold {held}; "
                 "the state comes from another configuration"
             )
-        for name in ("fast_weight", "key", "value", "beta", "log_decay", "convolution"):
-            given, expected = getattr(state, name), getattr(empty, name)
-            shape = None if expected is None else list(expected.shape)
-            if shape is not None and name in PER_TOKEN:
-                shape[1] = max(held)
-            if (None if given is None else list(given.shape)) != shape:
+        shapes = self._state_shapes(state.batch_size, max(held))
+        for name in ("fast_weight", *PER_TOKEN, "convolution"):
+            part, expected = getattr(state, name), shapes.get(name)
+            given = None if part is None else tuple(part.shape)
+            if given != expected:
                 raise ValueError(
-                    f"state.{name} has shape {None if given is None else tuple(given.shape)} but this layer carries "
-                    f"{None if shape is None else tuple(shape)}; the state comes from another configuration"
+                    f"state.{name} has shape {given} but this layer carries {expected}; "
+                    "the state comes from another configuration"
                 )
 
-    def _empty_state(self, documents: int, x: Tensor) -> MemoryState:
+    def _state_shapes(self, documents: int, held: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parts that this layer carries for N documents that hold this many tokens in KV memory."""
         config, heads = self.config, self.config.num_heads
-        beta = self.schedule.anchored
-        return MemoryState(
-            position=torch.zeros(documents, dtype=torch.long),
-            held=torch.zeros(documents, dtype=torch.long),
-            fast_weight=None if self.update_rule is None else self.update_rule.zeros(documents, x),
-            key=x.new_zeros(documents, 0, heads, config.key_dim) if config.kv_memory else None,
-            value=x.new_zeros(documents, 0, heads, config.value_dim) if config.kv_memory else None,
-            beta=x.new_zeros(documents, 0, heads) if beta else None,
-            log_decay=x.new_zeros(documents, 0, heads) if beta and config.update_rule == "gated_delta" else None,
-            convolution=None
-            if self.convolution is None
-            else x.new_zeros(documents, config.conv_size - 1, self.convolution.in_channels),
-        )
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.update_rule is not None:
+            columns = config.value_dim + self.update_rule.extra_columns
+            shapes["fast_weight"] = (documents, heads, config.key_dim, columns)
+        if config.kv_memory:
+            shapes["key"] = (documents, held, heads, config.key_dim)
+            shapes["value"] = (documents, held, heads, config.value_dim)
+        if self.schedule.anchored:
+            shapes["beta"] = (documents, held, heads)
+            if config.update_rule == "gated_delta":
+                shapes["log_decay"] = (documents, held, heads)
+        if self.convolution is not None:
+            shapes["convolution"] = (documents, config.conv_size - 1, self.convolution.in_channels)
+        return shapes
+
+    def _empty_state(self, documents: int, x: Tensor) -> MemoryState:
+        """The state before the first token."""
+        parts = {name: x.new_zeros(shape) for name, shape in self._state_shapes(documents, 0).items()}
+        if "fast_weight" in parts:
+            parts["fast_weight"] = parts["fast_weight"].to(state_dtype(x.dtype))
+        none = torch.zeros(documents, dtype=torch.long)
+        return MemoryState(position=none, held=none.clone(), **parts)
 
     def _project(self, x: Tensor, past: MemoryState, span: Span) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Query, key [B, T, H, K], value [B, T, H, V] and the convolution's next past."""

@@ -53,12 +53,6 @@ class UpdateRule(nn.Module):
         """
         raise NotImplementedError
 
-    def zeros(self, documents: int, like: Tensor) -> Tensor:
-        """An empty fast weight."""
-        config = self.config
-        shape = (documents, config.num_heads, config.key_dim, config.value_dim + self.extra_columns)
-        return torch.zeros(shape, dtype=state_dtype(like.dtype), device=like.device)
-
     def _reads(self, period: int | None) -> dict[str, Any]:
         reads = "token" if period is None else "chunk"
         return {"reads": reads, "period": period, "backend": self.config.backend}
