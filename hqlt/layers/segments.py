@@ -192,7 +192,6 @@ class PackedSpan:
         slot = torch.arange(int(keep.max()))[None, :]
         source = (key_start + total - keep)[:, None] + slot
         absent = int(total.sum())
-        self._first_key, self._document = key_start, document
         self._total = total
         self._key_document = key_document
         self._join = torch.where(is_old, old, new).to(device)

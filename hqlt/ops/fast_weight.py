@@ -8,9 +8,7 @@ attention) or the correction of what M returns for k (delta rules). A read takes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
 from itertools import pairwise
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +24,10 @@ from hqlt.ops.checks import (
     documents,
     state_dtype,
 )
+from hqlt.ops.precision import full_precision
 from hqlt.ops.scan import Steps, scan
 from hqlt.ops.tiles import Tiles, make_tiles
 
-Op = TypeVar("Op", bound=Callable[..., Any])
 Write = Callable[..., Tensor]
 Rule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -69,17 +67,6 @@ def first_state(initial_state: Tensor | None, query: Tensor, columns: int, borde
     count = query.shape[0] if borders is None else len(borders) - 1
     shape = (count, query.shape[2], query.shape[3], columns)
     return torch.zeros(shape, dtype=state_dtype(query.dtype), device=query.device)
-
-
-def full_precision(function: Op) -> Op:
-    """Keep autocast out: a fast weight accumulates, so its products stay in the state dtype."""
-
-    @wraps(function)
-    def wrapped(rule: Any, query: Tensor, *arguments: Any) -> Any:
-        with torch.autocast(query.device.type, enabled=False):
-            return function(rule, query, *arguments)
-
-    return cast(Op, wrapped)
 
 
 @full_precision

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqlt.ops.precision import full_precision
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -83,12 +85,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @full_precision
     def backward(ctx: Any, grad_read: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_read.device.type, enabled=False):  # backward() may be called inside an autocast block
-            return _Scan._backward(ctx, grad_read, grad_final)
-
-    @staticmethod
-    def _backward(ctx: Any, grad_read: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         query, inner, key_in, solve, key_out, decay, starts, stored, residual = ctx.saved_tensors
         steps: Steps = ctx.steps
         scale: float = ctx.scale

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops.precision import full_precision
+
 BASE = 16
 
 
@@ -20,11 +22,11 @@ class _UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @full_precision
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """d(I + L)⁻¹ = −A dL A, hence dL = −Aᵀ dA Aᵀ below the diagonal."""
         inverse: Tensor = ctx.saved_tensors[0]
-        with torch.autocast(grad.device.type, enabled=False):  # backward() may be called inside an autocast block
-            return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
+        return (inverse.mT @ grad @ inverse.mT).tril_(-1).neg_()
 
 
 def unit_lower_inverse(lower: Tensor) -> Tensor:

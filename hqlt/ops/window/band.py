@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hqlt.ops.precision import full_precision
+
 
 class _Band(torch.autograd.Function):
     @staticmethod
@@ -26,18 +28,19 @@ class _Band(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @full_precision
     def backward(ctx: Any, grad_read: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, weights = ctx.saved_tensors
-        with torch.autocast(grad_read.device.type, enabled=False):  # backward() may be called inside an autocast block
-            grad_reads = _to_tiles(grad_read, keys.shape[1])
-            grad_weights = torch.bmm(grad_reads[1:], _pairs(values).mT)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
-            grad_queries = torch.empty_like(queries)
-            torch.bmm(grad_scores, _pairs(keys), out=grad_queries[1:])
-            grads = (grad_queries, _from_pairs(grad_scores, queries), _from_pairs(weights, grad_reads))
+        grad_reads = _to_tiles(grad_read, keys.shape[1])
+        grad_weights = torch.bmm(grad_reads[1:], _pairs(values).mT)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+        grad_queries = torch.empty_like(queries)
+        torch.bmm(grad_scores, _pairs(keys), out=grad_queries[1:])
+        grads = (grad_queries, _from_pairs(grad_scores, queries), _from_pairs(weights, grad_reads))
         return *(_from_tiles(grad, ctx.shape) for grad in grads), None, None, None
 
 
+@full_precision
 def band_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, tile: int) -> Tensor:
     """Each query of [B, T, H, K] sees the last ``window`` keys, itself included; read [B, T, H, V].
 
@@ -46,8 +49,7 @@ def band_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale
 
     Differentiable once.
     """
-    with torch.autocast(query.device.type, enabled=False):
-        read: Tensor = _Band.apply(query, key, value, window, scale, tile)  # type: ignore[no-untyped-call]
+    read: Tensor = _Band.apply(query, key, value, window, scale, tile)  # type: ignore[no-untyped-call]
     return read
 
 
