@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from hqlt.training.loop import Metrics, Task, train
 from hqlt.training.parallel import Job, available_cores, run_parallel
 
 PROMPT = "def read_file(path):\n    "
-NATS_PER_BIT = 0.6931471805599453
+NATS_PER_BIT = math.log(2)
 VALIDATION_WINDOWS = 96
 PARITY_TEST_SEQUENCES = 512
 
@@ -63,8 +64,8 @@ def quickstart(directory: Path, seed: int = 0, workers: int | None = None) -> Pa
     _say(f"Python {platform.python_version()}, torch {torch.__version__}; results go to {directory}")
     _say(f"1. Language: {len(corpus.train) / 1e6:.1f} MB of this interpreter's documentation and library, "
          f"{len(corpus.validation) / 1e6:.1f} MB of other files held out")  # fmt: skip
-    _say(f"2. Parity: is the number of ones odd? Training seven models, {workers} at a time:")
     names = [("text", name) for name in text.models] + [("parity", name) for name in parity.models]
+    _say(f"2. Parity: is the number of ones odd? Training {len(names)} models, {workers} at a time:")
     run_parallel([Job(name, _train, (task, name, directory, seed)) for task, name in names], workers)
     text_runs = [_finished("text", name, directory, seed, corpus) for name in text.models]
     parity_runs = [_finished("parity", name, directory, seed, corpus) for name in parity.models]
@@ -164,9 +165,8 @@ def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity
     """The report as one HTML page."""
     from hqlt.analysis.report import Curve, Section, figure_svg, plot_curves, plot_gates, render
 
-    tokens = text.batch_size * text.length
     curves: dict[str, Curve] = {
-        run.name: [(row["step"] * tokens, row["bits_per_byte"]) for row in run.rows] for run in text_runs
+        run.name: [(row["tokens"], row["bits_per_byte"]) for row in run.rows] for run in text_runs
     }
     by_length: dict[str, Curve] = {
         run.name: [(int(length), value) for length, value in run.final["accuracy"].items()] for run in parity_runs
@@ -179,7 +179,7 @@ def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity
         [
             Section(
                 "Language modelling, equal tokens",
-                f"Bytes of this interpreter's documentation and standard library; {text.training.steps * tokens:,} "
+                f"Bytes of this interpreter's documentation and standard library; {text_runs[0].final['tokens']:,} "
                 f"tokens each; bits per byte on held-out files (lower is better). One seed ({text.training.seed}).",
                 table=[
                     {
@@ -218,7 +218,7 @@ def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity
             ),
             Section("Text sampled from the HQLT model", "Temperature 0.7, top-p 0.95.", code=decoded),
         ],
-        f"Python {platform.python_version()}, torch {torch.__version__}, one CPU thread per run, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, {available_cores()} cores, "
         f"{platform.machine()}. Command: hqlt quickstart --seed {text.training.seed}",
     )  # fmt: skip
 
