@@ -92,7 +92,9 @@ def check_reads(reads: str, period: int | None) -> int | None:
     return period
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    """A tile holds at least one token."""
+def check_chunk_size(chunk_size: int | None) -> None:
+    """A tile holds at least one token; None leaves the choice to the op."""
+    if chunk_size is None:
+        return
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size!r} must be an int of at least 1")
+        raise ValueError(f"chunk_size={chunk_size!r} must be an int of at least 1, or None to choose by shape")

@@ -1,4 +1,4 @@
-"""What every fast-weight op shares: the recurrence over tokens and the chunk-parallel form.
+"""What every fast-weight op shares: the checks of its arguments and the recurrence over tokens.
 
 All rules have the form M ← e^g M + k uᵀ, read Mᵀq, where u is the value to store: the value itself (linear
 attention) or the correction of what M returns for k (delta rules). A read takes the state after the token's own write
@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops.checks import (
@@ -25,11 +24,8 @@ from hqlt.ops.checks import (
     state_dtype,
 )
 from hqlt.ops.precision import full_precision
-from hqlt.ops.scan import Steps, scan
-from hqlt.ops.tiles import Tiles, make_tiles
 
 Write = Callable[..., Tensor]
-Rule = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def check_fast_weight(
@@ -41,7 +37,7 @@ def check_fast_weight(
     cu_seqlens: Tensor | None,
     reads: str,
     period: int | None,
-    chunk_size: int,
+    chunk_size: int | None,
     extra_columns: int = 0,
 ) -> tuple[list[int] | None, int | None]:
     """Check the arguments of a fast-weight op; the document borders and the read period."""
@@ -107,90 +103,3 @@ def recurrence(
         source = state if period is None else held
         reads.append((query[:, t].unsqueeze(-2) @ source).squeeze(-2))
     return torch.stack(reads, 1), state
-
-
-@full_precision
-def chunked(
-    rule: Rule | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    beta: Tensor,
-    log_decay: Tensor | None,
-    state: Tensor,
-    borders: list[int] | None,
-    period: int | None,
-    chunk_size: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Chunk-parallel form: work inside a tile is matrix products, only tile states are passed on in sequence.
-
-    With G the running log-decay inside a tile and M the state on entry, the tile stores U = S (V − e^G K M), where
-    ``rule`` gives S, or U = diag(β) V without a rule, and
-
-        read_t = e^{G_t} Mᵀq_t + Σ_{s≤t} e^{G_t−G_s} (q_t·k_s) u_s,   M ← e^{G_C} M + Σ_s e^{G_C−G_s} k_s u_sᵀ.
-
-    Chunk reads sum over s before the last period border b instead, with G_b in place of G_t.
-
-    Args:
-        rule: (key, beta, decays e^{G_t−G_s} or None), tiles [n, C, …] → S [n, C, C].
-        query, key, value, beta, log_decay: [B, T, H, …].
-        state: [N, H, K, V] in the state dtype.
-        scale: of the read.
-
-    Returns:
-        read [B, T, H, V] and the final state [N, H, K, V], both in the state dtype.
-    """
-    tiles = make_tiles(query, borders, chunk_size, period)
-    heads = query.shape[2]
-    q, k, v, b = (tiles.split(x.to(state.dtype)).flatten(0, 1) for x in (query, key, value, beta))
-    size = q.shape[-2]
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril_()
-    running = decay = entering = None
-    leaving, decays = k, None
-    if log_decay is not None:
-        running = tiles.split(log_decay.to(state.dtype)).flatten(0, 1).cumsum(-1)
-        decays = _decays(running, running, causal)
-        entering = k * running.exp().unsqueeze(-1)
-        leaving = k * (running[:, -1:] - running).exp().unsqueeze(-1)
-        decay = running[:, -1, None, None].exp()
-    solve = None if rule is None else rule(k, b, decays)
-    stored = v * b.unsqueeze(-1) if rule is None else v
-    q, inner = _inner(tiles, q, k, running, decays, causal, period)
-    steps = Steps([alive * heads for alive in tiles.alive], tiles.grid.tiles_per_unit)
-    first = tiles.sort_documents(state).flatten(0, 1)
-    read, final = scan(q, inner, entering, solve, leaving, stored, decay, first, steps, scale)
-    return tiles.merge(read.unflatten(0, (-1, heads))), tiles.unsort_documents(final.unflatten(0, (-1, heads)))
-
-
-def _inner(
-    tiles: Tiles,
-    q: Tensor,
-    k: Tensor,
-    running: Tensor | None,
-    decays: Tensor | None,
-    causal: Tensor,
-    period: int | None,
-) -> tuple[Tensor, Tensor | None]:
-    """The query as the entering state sees it, and its weights of the tile's own writes (None: it sees none)."""
-    if period is None:
-        scores = q @ k.mT
-        if running is None or decays is None:
-            return q, scores.tril()
-        return q * running.exp().unsqueeze(-1), scores * decays
-    size = q.shape[-2]
-    if tiles.grid.tiles_per_unit > 1 or period >= size:
-        return q, None
-    block = torch.arange(size, device=q.device) // period
-    visible = block[:, None] > block[None, :]
-    scores = q @ k.mT
-    if running is None:
-        return q, scores.masked_fill(~visible, 0.0)
-    # Running log-decay at the last border: that of the token before it, 0 at the start of the tile.
-    border = F.pad(running, (1, 0))[:, block * period]
-    return q * border.exp().unsqueeze(-1), scores * _decays(border, running, visible)
-
-
-def _decays(at: Tensor, since: Tensor, visible: Tensor) -> Tensor:
-    """e^{G_t − G_s} where s is visible from t, else 0; masked before the exponential so that nothing overflows."""
-    return (at.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill(~visible, float("-inf")).exp()

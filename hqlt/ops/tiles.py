@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -51,32 +50,72 @@ class Grid:
         return units * self.tiles_per_unit + -(-rest // self.tile)
 
 
-class DenseTiles:
-    """Tiles of B rows of equal length T."""
+class _Tiles:
+    """What both kinds share: tiles in scan order and the segments of scan steps that are worked on together."""
+
+    grid: Grid
+    alive: list[int]
+
+    @property
+    def total(self) -> int:
+        """All tiles."""
+        return sum(self.alive)
+
+    def segments(self, tiles: int) -> list[slice]:
+        """Scan steps in runs of whole units that hold about this many tiles each."""
+        unit, steps = self.grid.tiles_per_unit, len(self.alive)
+        out, start = [], 0
+        while start < steps:
+            stop = min(start + unit, steps)
+            while stop < steps and sum(self.alive[start : stop + unit]) <= tiles:
+                stop = min(stop + unit, steps)
+            out.append(slice(start, stop))
+            start = stop
+        return out
+
+    def places(self, steps: slice) -> list[slice]:
+        """Where the tiles of each of these scan steps lie among all tiles."""
+        start, out = sum(self.alive[: steps.start]), []
+        for count in self.alive[steps]:
+            out.append(slice(start, start + count))
+            start += count
+        return out
+
+
+class DenseTiles(_Tiles):
+    """Tiles of B rows of equal length T whose units are whole tiles."""
 
     def __init__(self, batch: int, length: int, grid: Grid) -> None:
         self.batch, self.length, self.grid = batch, length, grid
         self.alive = [batch] * grid.count(length)
 
-    def split(self, x: Tensor) -> Tensor:
-        """[B, T, H, …] → [tiles, H, C, …], zeros where a tile has no token."""
-        grid = self.grid
-        if self.length > grid.unit and grid.unit != grid.tile * grid.tiles_per_unit:
-            x = _pad_axis(x, -(-self.length // grid.unit) * grid.unit).unflatten(1, (-1, grid.unit))
-            x = _pad_axis(x, grid.tile * grid.tiles_per_unit, 2).flatten(1, 2)[:, : len(self.alive) * grid.tile]
-        else:
-            x = _pad_axis(x, len(self.alive) * grid.tile)
-        x = x.unflatten(1, (len(self.alive), grid.tile))
-        return x.transpose(0, 1).transpose(2, 3).flatten(0, 1)
+    def load(self, x: Tensor, steps: slice, out: Tensor) -> Tensor:
+        """Copy the tokens of x [B, T, H, …] at these scan steps into out [tiles, H, C, …]; 0 where there is none."""
+        tile = self.grid.tile
+        whole = min(steps.stop, self.length // tile) - steps.start
+        tiles = out.unflatten(0, (-1, self.batch)).transpose(2, 3)
+        first = steps.start * tile
+        if whole:
+            block = x[:, first : first + whole * tile].unflatten(1, (whole, tile))
+            tiles[:whole].copy_(block.transpose(0, 1))
+        if whole < steps.stop - steps.start:
+            rest = x[:, first + whole * tile :]
+            tiles[whole, :, : rest.shape[1]].copy_(rest)
+            tiles[whole, :, rest.shape[1] :] = 0
+        return out
 
-    def merge(self, x: Tensor) -> Tensor:
-        """[tiles, H, C, …] → [B, T, H, …]."""
-        grid = self.grid
-        x = x.unflatten(0, (len(self.alive), self.batch)).transpose(2, 3).transpose(0, 1).flatten(1, 2)
-        if self.length > grid.unit and grid.unit != grid.tile * grid.tiles_per_unit:
-            x = _pad_axis(x, -(-self.length // grid.unit) * grid.tile * grid.tiles_per_unit)
-            x = x.unflatten(1, (-1, grid.tile * grid.tiles_per_unit))[:, :, : grid.unit].flatten(1, 2)
-        return x[:, : self.length]
+    def store(self, tiles: Tensor, steps: slice, out: Tensor) -> None:
+        """Copy tiles [tiles, H, C, …] of these scan steps to their tokens in out [B, T, H, …]."""
+        tile = self.grid.tile
+        whole = min(steps.stop, self.length // tile) - steps.start
+        tiles = tiles.unflatten(0, (-1, self.batch)).transpose(2, 3)
+        first = steps.start * tile
+        if whole:
+            block = out[:, first : first + whole * tile].unflatten(1, (whole, tile))
+            block.transpose(0, 1).copy_(tiles[:whole])
+        if whole < steps.stop - steps.start:
+            rest = out[:, first + whole * tile :]
+            rest.copy_(tiles[whole, :, : rest.shape[1]])
 
     def sort_documents(self, state: Tensor) -> Tensor:
         """[N, …] in scan order."""
@@ -87,8 +126,8 @@ class DenseTiles:
         return state
 
 
-class PackedTiles:
-    """Tiles of the documents that one packed row holds."""
+class PackedTiles(_Tiles):
+    """Tiles of the documents that lie end to end in the tokens of x [B, T, …], row after row."""
 
     def __init__(self, borders: list[int], grid: Grid, device: torch.device) -> None:
         self.grid, self.length = grid, borders[-1]
@@ -106,22 +145,29 @@ class PackedTiles:
         offset = first[:, None] + torch.arange(grid.tile)[None, :]
         # The last tile of a unit must not reach into the next unit, nor any tile beyond its document.
         limit = torch.minimum(length[document], (step // grid.tiles_per_unit + 1) * grid.unit)
-        valid = offset < limit[:, None]
-        token = torch.where(valid, start[document][:, None] + offset, self.length).flatten()
-        place = torch.empty(self.length, dtype=torch.long)
-        place[token[valid.flatten()]] = torch.nonzero(valid.flatten())[:, 0]
-        self._token, self._place = token.to(device), place.to(device)
+        self._empty = (offset >= limit[:, None]).to(device)
+        self._token = (start[document][:, None] + offset).to(device).masked_fill_(self._empty, 0)
         self._order = order.to(device)
         self._rank = torch.argsort(order).to(device)
 
-    def split(self, x: Tensor) -> Tensor:
-        """[1, T, H, …] → [tiles, H, C, …], zeros where a tile has no token."""
-        x = F.pad(x[0], (0, 0) * (x.dim() - 2) + (0, 1))
-        return x.index_select(0, self._token).view(-1, self.grid.tile, *x.shape[1:]).transpose(1, 2)
+    def load(self, x: Tensor, steps: slice, out: Tensor) -> Tensor:
+        """Copy the tokens of x [B, T, H, …] at these scan steps into out [tiles, H, C, …]; 0 where there is none."""
+        token, empty = self._at(steps)
+        tokens = x.flatten(0, 1).index_select(0, token.flatten()).unflatten(0, token.shape)
+        tokens.masked_fill_(empty.view(*empty.shape, *[1] * (x.dim() - 2)), 0)
+        return out.copy_(tokens.transpose(1, 2))
 
-    def merge(self, x: Tensor) -> Tensor:
-        """[tiles, H, C, …] → [1, T, H, …]."""
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, self._place)[None]
+    def store(self, tiles: Tensor, steps: slice, out: Tensor) -> None:
+        """Copy tiles [tiles, H, C, …] of these scan steps to their tokens in out [B, T, H, …]."""
+        token, empty = self._at(steps)
+        tokens = tiles.transpose(1, 2)[~empty].to(out.dtype)
+        out.view(-1, *out.shape[2:]).index_copy_(0, token[~empty], tokens)
+
+    def _at(self, steps: slice) -> tuple[Tensor, Tensor]:
+        """Token of each slot of the tiles at these scan steps, and whether the slot is empty: [tiles, C]."""
+        places = self.places(steps)
+        place = slice(places[0].start, places[-1].stop)
+        return self._token[place], self._empty[place]
 
     def sort_documents(self, state: Tensor) -> Tensor:
         """[N, …] in scan order."""
@@ -138,14 +184,10 @@ Tiles = DenseTiles | PackedTiles
 def make_tiles(x: Tensor, borders: list[int] | None, chunk_size: int, period: int | None = None) -> Tiles:
     """Tiles for x [B, T, …] whose rows are documents, or whose one row packs the documents between ``borders``."""
     batch, length = x.shape[:2]
+    longest = length if borders is None else max(b - a for a, b in pairwise(borders))
+    grid = Grid.of(longest, chunk_size, period)
     if borders is None:
-        return DenseTiles(batch, length, Grid.of(length, chunk_size, period))
-    longest = max(b - a for a, b in pairwise(borders))
-    return PackedTiles(borders, Grid.of(longest, chunk_size, period), x.device)
-
-
-def _pad_axis(x: Tensor, length: int, axis: int = 1) -> Tensor:
-    """Zeros appended along an axis up to this length."""
-    if x.shape[axis] >= length:
-        return x
-    return F.pad(x, (0, 0) * (x.dim() - axis - 1) + (0, length - x.shape[axis]))
+        if length <= grid.unit or grid.unit == grid.tile * grid.tiles_per_unit:
+            return DenseTiles(batch, length, grid)
+        borders = [row * length for row in range(batch + 1)]
+    return PackedTiles(borders, grid, x.device)

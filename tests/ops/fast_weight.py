@@ -137,11 +137,12 @@ class FastWeightTests:
     @pytest.mark.parametrize("packed", [False, True])
     @pytest.mark.parametrize("period", [None, 1, 3, 67])
     @pytest.mark.parametrize("chunk_size", [1, 5, 16, 33, 100, 1000])
-    def test_chunk_size_never_changes_a_result(self, chunk_size, period, packed):
+    def test_tiles_and_segments_never_change_a_result(self, chunk_size, period, packed, monkeypatch):
         batch, documents, options = self.layout(packed, 150)
         tensors = {**self.tokens(batch, 150), **self.state(documents)}
         options |= {**reading(period), "backend": "chunked"}
         default = results(lambda **x: self.op(**x, **options), tensors)
+        monkeypatch.setattr("hqlt.ops.chunked.SEGMENT_BYTES", 1)
         assert_same_results(results(lambda **x: self.op(**x, **options, chunk_size=chunk_size), tensors), default)
 
     @pytest.mark.parametrize("length", [1, 30])

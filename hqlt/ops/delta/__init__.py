@@ -22,7 +22,7 @@ def delta_rule(
     reads: str = "token",
     period: int | None = None,
     backend: str = "auto",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Write each token into a fast weight by the delta rule and read it with the query.
 
@@ -41,7 +41,7 @@ def delta_rule(
             ``period`` since the start of the document, so that no token sees its own chunk.
         period: tokens between the states that chunk reads see.
         backend: ``reference`` (recurrence), ``chunked``, or ``auto`` (recurrence for T = 1, else chunked).
-        chunk_size: tokens in a tile of the chunked form; changes a result by rounding only.
+        chunk_size: tokens in a tile of the chunked form; changes a result by rounding only. None chooses by shape.
 
     Returns:
         read [B, T, H, V] in the input dtype, and the final state [N, H, K, V] in the state dtype.

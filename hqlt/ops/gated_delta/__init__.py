@@ -23,7 +23,7 @@ def gated_delta_rule(
     reads: str = "token",
     period: int | None = None,
     backend: str = "auto",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""The delta rule on a fast weight that decays before each write.
 

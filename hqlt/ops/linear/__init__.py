@@ -24,7 +24,7 @@ def linear_attention(
     period: int | None = None,
     normalise: bool = True,
     backend: str = "auto",
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Linear attention with φ = elu + 1, normalised over the tokens written so far.
 
