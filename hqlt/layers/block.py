@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.layers.hybrid_memory import HybridMemory
+from hqlt.layers.norm import RMSNorm
 from hqlt.layers.segments import Segments
 from hqlt.layers.state import MemoryState
 
 
-def make_norm(config: ModelConfig) -> nn.RMSNorm | nn.LayerNorm:
+def make_norm(config: ModelConfig) -> RMSNorm | nn.LayerNorm:
     """The norm of blocks and of the model's output."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    kind = RMSNorm if config.norm == "rms" else nn.LayerNorm
     return kind(config.hidden_size, eps=config.norm_eps)
 
 

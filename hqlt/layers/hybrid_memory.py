@@ -12,6 +12,7 @@ from hqlt.config import MemoryConfig
 from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
 from hqlt.layers.kv_memory import read_kv_memory
 from hqlt.layers.mixers import Mixer
+from hqlt.layers.norm import RMSNorm
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.segments import Segments, Span
 from hqlt.layers.state import PER_TOKEN, MemoryState, compact
@@ -49,10 +50,10 @@ class HybridMemory(nn.Module):
             channels = 2 * key_width + value_width
             self.convolution = nn.Conv1d(channels, channels, config.conv_size, groups=channels, bias=False)
         self.update_rule: UpdateRule | None = None
-        self.output_norm: nn.RMSNorm | None = None
+        self.output_norm: RMSNorm | None = None
         if config.update_rule is not None:
             self.update_rule = RULES[config.update_rule](config)
-            self.output_norm = nn.RMSNorm(config.value_dim, eps=config.norm_eps)
+            self.output_norm = RMSNorm(config.value_dim, eps=config.norm_eps)
         self.mixer = Mixer(config) if config.kv_memory and config.update_rule is not None else None
         self.gate_proj = nn.Linear(width, value_width, bias=False) if config.output_gate else None
         self.output_proj = nn.Linear(value_width, width, bias=config.bias)
@@ -206,14 +207,11 @@ class HybridMemory(nn.Module):
         return query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads), convolution
 
     def _output(self, x: Tensor, reads: list[Tensor]) -> Tensor:
+        (mixed, *_) = reads
         if self.mixer is not None:
-            fw_read, kv_read = reads
-            mixed: Tensor = self.mixer(x, fw_read, kv_read)
-        else:
-            (mixed,) = reads
-        if self.output_norm is not None:
-            # Under autocast the reads are half precision and the norm's weight is not.
-            mixed = self.output_norm(mixed.to(self.output_norm.weight.dtype))
+            mixed = self.mixer(x, *reads, self.output_norm)
+        elif self.output_norm is not None:
+            mixed = self.output_norm(mixed)
         mixed = mixed.flatten(2)
         if self.gate_proj is not None:
             mixed = mixed * F.silu(self.gate_proj(x))

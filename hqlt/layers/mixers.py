@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
+from hqlt.layers.norm import RMSNorm
+from hqlt.ops import blend_norm
 
 
 class Mixer(nn.Module):
@@ -58,11 +60,11 @@ class Mixer(nn.Module):
         fw, kv = gate.chunk(2, -1)
         return fw, kv
 
-    def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> Tensor:
-        """Combine two reads [B, T, H, V] by the input [B, T, D]."""
-        if self.kind == "sum":
-            return fw_read + kv_read
-        fw, kv = self.weights(x)
+    def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor, norm: RMSNorm) -> Tensor:
+        """Normalised blend of two reads [B, T, H, V] by the input [B, T, D]."""
         if self.kind == "dynamic_vector":
-            return torch.lerp(kv_read, fw_read, fw)
-        return fw * fw_read + kv * kv_read
+            logit = self.gate_proj(x).unflatten(-1, (self.heads, -1))
+            return blend_norm(fw_read, kv_read, logit, norm.weight, norm.eps)
+        fw, kv = self.weights(x)
+        mixed: Tensor = norm(fw_read + kv_read if self.kind == "sum" else fw * fw_read + kv * kv_read)
+        return mixed

@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
-from hqlt.ops import delta_rule, gated_delta_rule, linear_attention
+from hqlt.ops import delta_rule, gated_delta_rule, linear_attention, unit_silu
 from hqlt.ops.checks import state_dtype
 from hqlt.ops.linear.reference import EPSILON, feature_map
-
-L2_EPSILON = 1e-6
+from hqlt.ops.unit_silu import EPSILON as UNIT_EPSILON
 
 
 class UpdateRule(nn.Module):
@@ -72,8 +71,10 @@ class DeltaRule(UpdateRule):
         return (2 * beta if self.config.allow_negative_eigenvalues else beta), None
 
     def features(self, x: Tensor) -> Tensor:
+        if not (self.dropout.p and self.training):
+            return unit_silu(x)
         wide: Tensor = self.dropout(F.silu(x)).to(state_dtype(x.dtype))
-        return (wide * (wide.square().sum(-1, keepdim=True) + L2_EPSILON).rsqrt()).to(x.dtype)
+        return (wide * (wide.square().sum(-1, keepdim=True) + UNIT_EPSILON).rsqrt()).to(x.dtype)
 
     def write_and_read(
         self,

@@ -1,17 +1,22 @@
-"""Pure functions on tensors [B, T, H, K]: the two memories' reads, rotary encoding and short convolution."""
+"""Pure functions on tensors [B, T, H, K]: the two memories' reads and what surrounds them."""
 
+from hqlt.ops.blend import blend_norm, rms_norm
 from hqlt.ops.delta import delta_rule
 from hqlt.ops.gated_delta import gated_delta_rule
 from hqlt.ops.linear import linear_attention
 from hqlt.ops.rotary import rotary
 from hqlt.ops.short_conv import short_convolution
+from hqlt.ops.unit_silu import unit_silu
 from hqlt.ops.window import window_attention
 
 __all__ = [
+    "blend_norm",
     "delta_rule",
     "gated_delta_rule",
     "linear_attention",
+    "rms_norm",
     "rotary",
     "short_convolution",
+    "unit_silu",
     "window_attention",
 ]

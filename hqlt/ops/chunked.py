@@ -14,7 +14,6 @@ The backward pass needs no inverse of its own: with Y the gradient of V − K M,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,17 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops.blocks import Scratch, empty, rows_per_segment
 from hqlt.ops.precision import full_precision
 from hqlt.ops.tiles import Tiles, make_tiles
 from hqlt.ops.triangular import unit_lower_inverse
 
-# Bytes of queries that a segment holds: enough work per call, little enough to stay in a cache of a few megabytes.
-SEGMENT_BYTES = 1 << 20
-
 
 def choose_tile(key_dim: int) -> int:
     """Tokens in a tile where the caller leaves it open: long tiles cost more per token, short ones more steps."""
-    return 16 if key_dim < 64 else 32 if key_dim < 128 else 64
+    return 16 if key_dim < 48 else 32 if key_dim < 128 else 64
 
 
 @full_precision
@@ -92,9 +89,9 @@ class _Plan:
         return self.period is None or (self.unit == 1 and self.period < self.tile)
 
     def segments(self, state: Tensor) -> list[_Segment]:
-        """Runs of scan steps; on a device there is no cache to stay in."""
+        """Runs of scan steps to work on together."""
         row = self.heads * self.tile * max(state.shape[-2:]) * state.element_size()
-        limit = max(1, SEGMENT_BYTES // row) if state.device.type == "cpu" else self.tiles.total
+        limit = rows_per_segment(row, state.device)
         segments = []
         for steps in self.tiles.segments(limit):
             places = self.tiles.places(steps)
@@ -136,21 +133,6 @@ class _Segment:
             (place, slice(first, first + place.stop - place.start))
             for place, first in zip(self.places, firsts, strict=True)
         ]
-
-
-class _Scratch:
-    """Buffers that all segments share: fresh memory costs a page fault for every 4 KiB."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._buffers: dict[str, Tensor] = {}
-
-    def __call__(self, name: str, *shape: int) -> Tensor:
-        size = math.prod(shape)
-        buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = self._like.new_empty(size)
-        return buffer[:size].view(shape)
 
 
 class _Decay:
@@ -209,7 +191,7 @@ class _Inputs:
     """The tokens of a segment in tiles, and what follows from them without the state."""
 
     def __init__(
-        self, plan: _Plan, segment: _Segment, scratch: _Scratch, tokens: tuple[Tensor, Tensor, Tensor, Tensor | None]
+        self, plan: _Plan, segment: _Segment, scratch: Scratch, tokens: tuple[Tensor, Tensor, Tensor, Tensor | None]
     ) -> None:
         self.plan, self.segment, self.scratch = plan, segment, scratch
         query, key, beta, log_decay = tokens
@@ -385,7 +367,7 @@ class _Chunked(torch.autograd.Function):
         state: Tensor,
         plan: _Plan,
     ) -> tuple[Tensor, Tensor]:
-        scratch, segments, tile = _Scratch(state), plan.segments(state), plan.tile
+        scratch, segments, tile = Scratch(state), plan.segments(state), plan.tile
         total = segments[-1].start + segments[-1].count
         saved: dict[str, Tensor] = {}
         if any(ctx.needs_input_grad):
@@ -397,7 +379,7 @@ class _Chunked(torch.autograd.Function):
                 saved["inverse"] = state.new_empty(total, tile, tile)
             if plan.sees_own_tile:
                 saved["weights"] = state.new_empty(total, tile, tile)
-        read = torch.empty_like(value, memory_format=torch.contiguous_format)
+        read = empty(value)
         current = plan.tiles.sort_documents(state).flatten(0, 1).clone(memory_format=torch.contiguous_format)
         for segment in segments:
 
@@ -419,12 +401,8 @@ class _Chunked(torch.autograd.Function):
         query, key, beta, log_decay = ctx.saved_tensors[:4]
         saved = dict(zip(ctx.names, ctx.saved_tensors[4:], strict=True))
         tokens = {"query": query, "key": key, "value": grad_read, "beta": beta, "log_decay": log_decay}
-        grads = {
-            name: torch.empty_like(x, memory_format=torch.contiguous_format)
-            for name, x in tokens.items()
-            if x is not None
-        }
-        scratch = _Scratch(grad_final)
+        grads = {name: empty(x) for name, x in tokens.items() if x is not None}
+        scratch = Scratch(grad_final)
         current = plan.tiles.sort_documents(grad_final).flatten(0, 1).clone(memory_format=torch.contiguous_format)
         for segment in reversed(ctx.segments):
             inputs = _Inputs(plan, segment, scratch, (query, key, beta, log_decay))

@@ -142,7 +142,7 @@ class FastWeightTests:
         tensors = {**self.tokens(batch, 150), **self.state(documents)}
         options |= {**reading(period), "backend": "chunked"}
         default = results(lambda **x: self.op(**x, **options), tensors)
-        monkeypatch.setattr("hqlt.ops.chunked.SEGMENT_BYTES", 1)
+        monkeypatch.setattr("hqlt.ops.blocks.SEGMENT_BYTES", 1)
         assert_same_results(results(lambda **x: self.op(**x, **options, chunk_size=chunk_size), tensors), default)
 
     @pytest.mark.parametrize("length", [1, 30])

@@ -111,6 +111,17 @@ def test_packed_documents_equal_separate_ones(window, anchored, backend):
         assert_close(read[:, a:b], alone)
 
 
+@pytest.mark.parametrize("past", [0, 1, 2, 40])
+@pytest.mark.parametrize("window", [1, 2, 3])
+@pytest.mark.parametrize("nbytes", [1, 4000, 10000])
+def test_segments_never_change_a_result(nbytes, window, past, monkeypatch):
+    x = tokens(3, 150, past + 150)
+    expected = results(lambda **x: window_attention(**x, window=window, backend="reference"), x)
+    monkeypatch.setattr("hqlt.ops.blocks.SEGMENT_BYTES", nbytes)
+    actual = results(lambda **x: window_attention(**x, window=window, chunk_size=4), x)
+    assert_same_results(actual, expected)
+
+
 @pytest.mark.parametrize(("window", "anchored"), [(None, False), (16, False), (16, True)])
 def test_keys_of_a_carried_past(window, anchored):
     x = tokens(2, 80, 80)
@@ -137,13 +148,16 @@ def test_no_gradient_outside_the_window(window, anchored, backend):
 
 @pytest.mark.parametrize(("window", "anchored"), WINDOWS)
 @pytest.mark.parametrize("poisoned", [0, 1])
-def test_rows_and_heads_stay_apart_whatever_they_hold(window, anchored, poisoned):
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_rows_and_heads_stay_apart_whatever_they_hold(window, anchored, poisoned, chunk_size, monkeypatch):
+    monkeypatch.setattr("hqlt.ops.blocks.SEGMENT_BYTES", 1)
     tensors = [torch.randn(3, 100, 2, 8).double() for _ in range(3)]
-    expected = window_attention(*tensors, window=window, anchored=anchored)
+    options = {"window": window, "anchored": anchored, "chunk_size": chunk_size}
+    expected = window_attention(*tensors, **options)
     for x in tensors:
         x[1, :, poisoned] = float("nan")
         x.requires_grad_()
-    read = window_attention(*tensors, window=window, anchored=anchored)
+    read = window_attention(*tensors, **options)
     clean = torch.ones(3, 2, dtype=torch.bool)
     clean[1, poisoned] = False
     assert torch.equal(read.transpose(1, 2)[clean], expected.transpose(1, 2)[clean])

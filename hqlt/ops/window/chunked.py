@@ -12,7 +12,6 @@ from hqlt.ops.window.band import band_attention
 
 # Beyond this window the weights that the band form keeps take more memory than they save time.
 BAND_LIMIT = 256
-BAND_DTYPES = (torch.float32, torch.float64)
 
 
 def window_attention_chunked(
@@ -79,7 +78,7 @@ def _rows(
         if past or reach is not None:
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return _attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
-    if past == 0 and not anchored and not dropout and window <= BAND_LIMIT and query.dtype in BAND_DTYPES:
+    if not anchored and not dropout and window <= BAND_LIMIT:
         count = -(-length // max(chunk_size, window))
         return band_attention(query, key, value, window, scale, max(-(-length // count), window))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)

@@ -1,0 +1,21 @@
+"""Root-mean-square norm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from hqlt.ops import rms_norm
+
+
+class RMSNorm(nn.RMSNorm):
+    """:func:`hqlt.ops.rms_norm` with a learnable weight; under autocast it keeps the input's dtype."""
+
+    eps: float
+    weight: nn.Parameter
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, …, size] → the same shape."""
+        return rms_norm(x, self.weight, self.eps)

@@ -1,0 +1,91 @@
+"""Gated blend of two reads and root-mean-square norm, in one pass over the tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqlt.ops.blocks import empty, token_blocks, wide
+from hqlt.ops.precision import full_precision
+
+
+class _BlendNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float
+    ) -> Tensor:
+        ctx.save_for_backward(first, second, logit, weight)
+        ctx.eps = eps
+        y = empty(first)
+        for block in token_blocks(first):
+            mixed, _ = _mix(first, second, logit, block)
+            y[:, block] = mixed.mul_(_factor(mixed, eps)).mul_(weight)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    @full_precision
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        first, second, logit, weight = ctx.saved_tensors
+        grad_first = empty(first)
+        grad_second, grad_logit = (None if x is None else empty(x) for x in (second, logit))
+        grad_weight = torch.zeros_like(weight)
+        for block in token_blocks(first):
+            mixed, gate = _mix(first, second, logit, block)
+            factor = _factor(mixed, ctx.eps)
+            unit = mixed.mul_(factor)
+            upper = wide(grad[:, block])
+            grad_weight += (upper * unit).flatten(0, -2).sum(0)
+            upper = upper * weight
+            along = (upper * unit).mean(-1, keepdim=True)
+            upper.addcmul_(unit, along, value=-1).mul_(factor)
+            if gate is None or second is None or grad_second is None or grad_logit is None:
+                grad_first[:, block] = upper
+                continue
+            grad_gate = (wide(first[:, block]) - wide(second[:, block])).mul_(upper)
+            grad_logit[:, block] = torch.ops.aten.sigmoid_backward(grad_gate, gate)
+            part = gate.mul_(upper)
+            grad_first[:, block] = part
+            grad_second[:, block] = upper.sub_(part)
+        return grad_first, grad_second, grad_logit, grad_weight, None
+
+
+def _mix(first: Tensor, second: Tensor | None, logit: Tensor | None, block: slice) -> tuple[Tensor, Tensor | None]:
+    """A block of the blend, in memory of its own, and its gate."""
+    one = wide(first[:, block])
+    if second is None or logit is None:
+        return one.clone(), None
+    gate = wide(logit[:, block]).sigmoid()
+    return torch.lerp(wide(second[:, block]), one, gate), gate
+
+
+def _factor(x: Tensor, eps: float) -> Tensor:
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean: Tensor = norm.square_().div_(x.shape[-1]).add_(eps)
+    return mean.rsqrt_()
+
+
+@full_precision
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    r"""x / √(mean x² + ε) ⊙ w over the last axis of x [B, T, …].
+
+    Computed in at least float32, returned in the dtype of x. Differentiable once.
+
+    Source: Zhang and Sennrich (2019).
+    """
+    y: Tensor = _BlendNorm.apply(x, None, None, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
+@full_precision
+def blend_norm(first: Tensor, second: Tensor, logit: Tensor, weight: Tensor, eps: float) -> Tensor:
+    r"""RMSNorm(γ ⊙ first + (1 − γ) ⊙ second) with γ = σ(logit), all of shape [B, T, H, V], weight [V].
+
+    Computed in at least float32, returned in the dtype of ``first``. Differentiable once.
+
+    Source: the paper's dynamic vector mixing, followed by its output norm.
+    """
+    y: Tensor = _BlendNorm.apply(first, second, logit, weight, eps)  # type: ignore[no-untyped-call]
+    return y
