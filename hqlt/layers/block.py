@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.layers.hybrid_memory import HybridMemory
-from hqlt.layers.norm import RMSNorm
+from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.segments import Segments
 from hqlt.layers.state import MemoryState
 
@@ -56,7 +56,7 @@ class Block(nn.Module):
         self.memory = HybridMemory(memory)
         self.mlp_norm = make_norm(config)
         self.mlp: nn.Module = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config.dropout)
 
     def forward(self, x: Tensor, state: MemoryState | None, segments: Segments) -> tuple[Tensor, MemoryState]:
         """Packed tokens and one layer's state → the same after this block."""

@@ -12,7 +12,7 @@ from hqlt.config import MemoryConfig
 from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
 from hqlt.layers.kv_memory import read_kv_memory
 from hqlt.layers.mixers import Mixer
-from hqlt.layers.norm import RMSNorm
+from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.segments import Segments, Span
 from hqlt.layers.state import PER_TOKEN, MemoryState, compact
@@ -57,7 +57,7 @@ class HybridMemory(nn.Module):
         self.mixer = Mixer(config) if config.kv_memory and config.update_rule is not None else None
         self.gate_proj = nn.Linear(width, value_width, bias=False) if config.output_gate else None
         self.output_proj = nn.Linear(value_width, width, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config.dropout)
 
     def forward(
         self,
@@ -120,8 +120,8 @@ class HybridMemory(nn.Module):
         if self.config.kv_memory:
             reads.append(read_kv_memory(*tokens, span, self.config, self._attention_dropout()))
         new = MemoryState(
-            position=torch.tensor(segments.position),
-            held=torch.tensor([self.schedule.held(p) for p in segments.position]),
+            position=segments.position_tensor,
+            held=segments.held(self.schedule),
             fast_weight=fast_weight,
             convolution=convolution,
             **({name: span.keep(joined) for name, joined in kept.items()} if self.config.kv_memory else {}),

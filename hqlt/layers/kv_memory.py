@@ -25,8 +25,8 @@ def read_kv_memory(
         [B, T, H, V].
     """
     if config.position_encoding == "rope":
-        query = rotary(query, span.query_position, span.longest, config.rope_base)
-        keys = rotary(keys, span.key_position, span.longest, config.rope_base)
+        of_query, of_key = span.rotary_angles(config.rope_base, query)
+        query, keys = rotary(query, *of_query), rotary(keys, *of_key)
     return window_attention(
         query,
         keys,

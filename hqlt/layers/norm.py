@@ -1,4 +1,4 @@
-"""Root-mean-square norm."""
+"""Root-mean-square norm and dropout."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, …, size] → the same shape."""
         return rms_norm(x, self.weight, self.eps)
+
+
+def make_dropout(rate: float) -> nn.Module:
+    """Dropout, or nothing where the rate is 0: the call alone costs as much as an op on one token."""
+    return nn.Dropout(rate) if rate else nn.Identity()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.state import compact
+from hqlt.ops import rotary_table
 from hqlt.ops.checks import documents
 
 
@@ -47,6 +48,7 @@ class Segments:
         self.rows: Tensor | None = None
         self._index: Tensor | None = None
         self._spans: dict[Schedule, Span] = {}
+        self._counts: dict[Schedule | None, Tensor] = {}
         borders = documents(cu_seqlens, self.batch, self.length)
         if borders is not None:
             self.lengths = [b - a for a, b in pairwise(borders)]
@@ -85,6 +87,19 @@ class Segments:
         """Tokens seen by each active document after this call."""
         return [a + b for a, b in zip(self.past, self.lengths, strict=True)]
 
+    @property
+    def position_tensor(self) -> Tensor:
+        """:attr:`position` as an int64 tensor on the host."""
+        if None not in self._counts:
+            self._counts[None] = torch.tensor(self.position)
+        return self._counts[None]
+
+    def held(self, schedule: Schedule) -> Tensor:
+        """Tokens of each active document in KV memory after this call, int64 on the host."""
+        if schedule not in self._counts:
+            self._counts[schedule] = torch.tensor([schedule.held(p) for p in self.position])
+        return self._counts[schedule]
+
     def pack(self, x: Tensor) -> Tensor:
         """[B, T, …] → the layout in which layers work: [B, T, …] dense, [1, tokens, …] packed."""
         if self.dense:
@@ -121,7 +136,30 @@ class Segments:
         return self._spans[schedule]
 
 
-class DenseSpan:
+Angles = tuple[Tensor, Tensor]
+
+
+class _Span:
+    """What dense and packed spans share."""
+
+    longest: int
+
+    def __init__(self) -> None:
+        self._angles: dict[tuple[float, int], tuple[Angles, Angles]] = {}
+
+    def rotary_angles(self, base: float, query: Tensor) -> tuple[Angles, Angles]:
+        """Cosine and sine at the positions of the queries and of the keys, counted from the oldest token held."""
+        kind = (base, query.shape[-1])
+        if kind not in self._angles:
+            cos, sin = rotary_table(self.longest, query.shape[-1], base, query)
+            self._angles[kind] = self._at_positions(cos, sin)
+        return self._angles[kind]
+
+    def _at_positions(self, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
+        raise NotImplementedError
+
+
+class DenseSpan(_Span):
     """Rows of equal length and equal past. ``cu_seqlens`` and ``key_cu_seqlens`` are None."""
 
     cu_seqlens: Tensor | None = None
@@ -129,10 +167,14 @@ class DenseSpan:
     borders: list[int] | None = None
 
     def __init__(self, length: int, carried: int, kept: int, device: torch.device | None) -> None:
+        super().__init__()
         self._length, self._carried, self._kept = length, carried, kept
         self.longest = carried + length
-        self.key_position = torch.arange(carried + length, device=device)
-        self.query_position = self.key_position[carried:]
+        self._device = device
+
+    def _at_positions(self, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
+        keys, queries = slice(0, self.longest), slice(self._carried, self.longest)
+        return (cos[queries], sin[queries]), (cos[keys], sin[keys])
 
     def join(self, past: Tensor | None, new: Tensor) -> Tensor:
         """Carried tokens, then the new ones: [N, n, …] and [N, T, …] → [N, n + T, …]. A past of None is zeros."""
@@ -161,18 +203,22 @@ class DenseSpan:
         """Whether a token ``delay`` earlier exists, bool [1, T, 1]; None where all do."""
         if self._carried >= delay:
             return None
-        return (self.query_position >= delay)[None, :, None]
+        return self._positions()[None, self._carried :, None] >= delay
 
     def completed(self, window: int) -> Tensor | None:
         """Whether the chunk of each joined token is complete, bool [1, n + T, 1]; None where no chunk is."""
         last = self.longest // window * window
-        return (self.key_position < last)[None, :, None] if last else None
+        return self._positions()[None, :, None] < last if last else None
+
+    def _positions(self) -> Tensor:
+        return torch.arange(self.longest, device=self._device)
 
 
-class PackedSpan:
+class PackedSpan(_Span):
     """Documents of any length and any past in one row; ``join`` gathers them into another."""
 
     def __init__(self, lengths: list[int], carried: list[int], kept: list[int], device: torch.device | None) -> None:
+        super().__init__()
         length, past, keep = (torch.tensor(x) for x in (lengths, carried, kept))
         total = length + past
         self.cu_seqlens: Tensor | None = _borders(length)
@@ -197,8 +243,12 @@ class PackedSpan:
         self._join = torch.where(is_old, old, new).to(device)
         self._new = (key_start[document] + query_position).to(device)
         self._keep = torch.where(slot < keep[:, None], source, absent).to(device)
-        self.key_position = key_position.to(device)
-        self.query_position = query_position.to(device)
+        self._key_position = key_position.to(device)
+        self._query_position = query_position.to(device)
+
+    def _at_positions(self, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
+        queries, keys = self._query_position, self._key_position
+        return (cos[queries], sin[queries]), (cos[keys], sin[keys])
 
     def join(self, past: Tensor | None, new: Tensor) -> Tensor:
         """Carried tokens, then the new ones, per document: [N, n, …] and [1, T, …] → [1, Σ(n + T), …]."""
@@ -219,19 +269,19 @@ class PackedSpan:
 
     def delayed(self, joined: Tensor, delay: int) -> Tensor:
         """For each new token the one ``delay`` tokens earlier, zeros where there is none."""
-        earlier = torch.where(self.query_position >= delay, self._new - delay, joined.shape[1])
+        earlier = torch.where(self._query_position >= delay, self._new - delay, joined.shape[1])
         return self._take(joined, earlier)[None]
 
     def is_written(self, delay: int) -> Tensor | None:
         """Whether a token ``delay`` earlier exists, bool [1, T, 1]; None where all do."""
-        return (self.query_position >= delay)[None, :, None]
+        return (self._query_position >= delay)[None, :, None]
 
     def completed(self, window: int) -> Tensor | None:
         """Whether the chunk of each joined token is complete, bool [1, Σ(n + T), 1]; None where no chunk is."""
         last = self._total // window * window
         if not bool(last.any()):
             return None
-        return (self.key_position < last[self._key_document].to(self._device))[None, :, None]
+        return (self._key_position < last[self._key_document].to(self._device))[None, :, None]
 
     @staticmethod
     def _take(joined: Tensor, index: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class ModelState:
 
 
 def compact(x: Tensor) -> Tensor:
-    """A copy where x is a view of something larger, so that a state does not keep a whole sequence alive."""
-    if x.untyped_storage().nbytes() > x.numel() * x.element_size():
+    """A copy where x is a view of something much larger: a state must not keep a whole sequence alive."""
+    if x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size():
         return x.clone(memory_format=torch.contiguous_format)
     return x

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
+from hqlt.layers.norm import make_dropout
 from hqlt.ops import delta_rule, gated_delta_rule, linear_attention, unit_silu
 from hqlt.ops.checks import state_dtype
+from hqlt.ops.features import EPSILON as UNIT_EPSILON
 from hqlt.ops.linear.reference import EPSILON, feature_map
-from hqlt.ops.unit_silu import EPSILON as UNIT_EPSILON
 
 
 class UpdateRule(nn.Module):
@@ -64,14 +65,14 @@ class DeltaRule(UpdateRule):
         super().__init__(config)
         self.beta_proj = nn.Linear(config.hidden_size, config.num_heads, bias=False)
         # With KV memory the layer drops the raw query and key, which both memories share (branch `dropout`).
-        self.dropout = nn.Dropout(0.0 if config.kv_memory else config.dropout)
+        self.dropout = make_dropout(0.0 if config.kv_memory else config.dropout)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         beta: Tensor = self.beta_proj(x).sigmoid()
         return (2 * beta if self.config.allow_negative_eigenvalues else beta), None
 
     def features(self, x: Tensor) -> Tensor:
-        if not (self.dropout.p and self.training):
+        if isinstance(self.dropout, nn.Identity) or not self.training:
             return unit_silu(x)
         wide: Tensor = self.dropout(F.silu(x)).to(state_dtype(x.dtype))
         return (wide * (wide.square().sum(-1, keepdim=True) + UNIT_EPSILON).rsqrt()).to(x.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hqlt.config import ModelConfig
 from hqlt.layers.block import Block, make_norm
 from hqlt.layers.mixers import Mixer
+from hqlt.layers.norm import make_dropout
 from hqlt.layers.segments import Segments
 from hqlt.layers.state import ModelState
 from hqlt.layers.update_rules import GatedDeltaRule
@@ -28,7 +29,7 @@ class SequenceModel(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, memory) for memory in config.memories)
         self.norm = make_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config.dropout)
         if type(self) is SequenceModel:
             self.init_weights()
 

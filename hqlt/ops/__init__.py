@@ -2,11 +2,11 @@
 
 from hqlt.ops.blend import blend_norm, rms_norm
 from hqlt.ops.delta import delta_rule
+from hqlt.ops.features import unit_silu
 from hqlt.ops.gated_delta import gated_delta_rule
 from hqlt.ops.linear import linear_attention
-from hqlt.ops.rotary import rotary
+from hqlt.ops.rotary import rotary, rotary_table
 from hqlt.ops.short_conv import short_convolution
-from hqlt.ops.unit_silu import unit_silu
 from hqlt.ops.window import window_attention
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "linear_attention",
     "rms_norm",
     "rotary",
+    "rotary_table",
     "short_convolution",
     "unit_silu",
     "window_attention",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.ops.blocks import empty, token_blocks, wide
+from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
 from hqlt.ops.precision import full_precision
 
 
@@ -18,11 +19,7 @@ class _BlendNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(first, second, logit, weight)
         ctx.eps = eps
-        y = empty(first)
-        for block in token_blocks(first):
-            mixed, _ = _mix(first, second, logit, block)
-            y[:, block] = mixed.mul_(_factor(mixed, eps)).mul_(weight)
-        return y
+        return _forward(first, second, logit, weight, eps)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -35,7 +32,7 @@ class _BlendNorm(torch.autograd.Function):
         for block in token_blocks(first):
             mixed, gate = _mix(first, second, logit, block)
             factor = _factor(mixed, ctx.eps)
-            unit = mixed.mul_(factor)
+            unit = mixed * factor
             upper = wide(grad[:, block])
             grad_weight += (upper * unit).flatten(0, -2).sum(0)
             upper = upper * weight
@@ -52,11 +49,24 @@ class _BlendNorm(torch.autograd.Function):
         return grad_first, grad_second, grad_logit, grad_weight, None
 
 
+def _forward(first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    blocks = token_blocks(first)
+    if len(blocks) == 1:
+        mixed, _ = _mix(first, second, logit, blocks[0])
+        return F.rms_norm(mixed, weight.shape, wide(weight), eps).to(first.dtype)
+    y = empty(first)
+    for block in blocks:
+        mixed, _ = _mix(first, second, logit, block)
+        mixed = mixed.clone() if second is None else mixed
+        torch.mul(mixed.mul_(_factor(mixed, eps)), weight, out=y[:, block])
+    return y
+
+
 def _mix(first: Tensor, second: Tensor | None, logit: Tensor | None, block: slice) -> tuple[Tensor, Tensor | None]:
-    """A block of the blend, in memory of its own, and its gate."""
+    """A block of the blend, or of the first read if there is no second, and its gate."""
     one = wide(first[:, block])
     if second is None or logit is None:
-        return one.clone(), None
+        return one, None
     gate = wide(logit[:, block]).sigmoid()
     return torch.lerp(wide(second[:, block]), one, gate), gate
 
@@ -68,6 +78,13 @@ def _factor(x: Tensor, eps: float) -> Tensor:
 
 
 @full_precision
+def _apply(first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    if not needs_grad(first, second, logit, weight):
+        return _forward(first, second, logit, weight, eps)
+    y: Tensor = _BlendNorm.apply(first, second, logit, weight, eps)  # type: ignore[no-untyped-call]
+    return y
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     r"""x / √(mean x² + ε) ⊙ w over the last axis of x [B, T, …].
 
@@ -75,11 +92,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich (2019).
     """
-    y: Tensor = _BlendNorm.apply(x, None, None, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+    return _apply(x, None, None, weight, eps)
 
 
-@full_precision
 def blend_norm(first: Tensor, second: Tensor, logit: Tensor, weight: Tensor, eps: float) -> Tensor:
     r"""RMSNorm(γ ⊙ first + (1 − γ) ⊙ second) with γ = σ(logit), all of shape [B, T, H, V], weight [V].
 
@@ -87,5 +102,4 @@ def blend_norm(first: Tensor, second: Tensor, logit: Tensor, weight: Tensor, eps
 
     Source: the paper's dynamic vector mixing, followed by its output norm.
     """
-    y: Tensor = _BlendNorm.apply(first, second, logit, weight, eps)  # type: ignore[no-untyped-call]
-    return y
+    return _apply(first, second, logit, weight, eps)

@@ -19,13 +19,21 @@ def rows_per_segment(row_bytes: int, device: torch.device) -> int:
 
 def token_blocks(x: Tensor) -> list[slice]:
     """Spans of tokens of x [B, T, …] to work on at a time."""
-    size = rows_per_segment(x[:, :1].numel() * x.element_size(), x.device)
-    return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
+    length = x.shape[1]
+    if length == 1:
+        return [slice(0, 1)]
+    size = rows_per_segment(x.numel() // length * x.element_size(), x.device)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
 def wide(x: Tensor) -> Tensor:
     """In at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to record what is made of these."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def empty(x: Tensor) -> Tensor:

@@ -102,4 +102,4 @@ def recurrence(
         state = write(state, *[x[:, t] for x in tokens])
         source = state if period is None else held
         reads.append((query[:, t].unsqueeze(-2) @ source).squeeze(-2))
-    return torch.stack(reads, 1), state
+    return reads[0].unsqueeze(1) if len(reads) == 1 else torch.stack(reads, 1), state

@@ -20,9 +20,11 @@ def full_precision(function: Function) -> Function:
     """
 
     @wraps(function)
-    def wrapped(*arguments: Any) -> Any:
-        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        device = next(x.device.type for x in (*arguments, *named.values()) if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*arguments, **named)
         with torch.autocast(device, enabled=False):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return cast(Function, wrapped)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.blocks import empty, token_blocks, wide
+from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
 from hqlt.ops.precision import full_precision
 
 
@@ -19,6 +19,16 @@ def _table(length: int, dim: int, base: float, dtype: torch.dtype, device: torch
         frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
         angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency[None, :]
         return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
+
+
+def rotary_table(longest: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position · base^(−2i/K), rows for positions 0 … at least ``longest`` − 1, i < K/2.
+
+    Returns:
+        two tensors [≥ longest, K / 2] on the device of ``like``, in its dtype but at least float32.
+    """
+    size = 1 << max(longest - 1, 63).bit_length()
+    return _table(size, dim, base, torch.promote_types(like.dtype, torch.float32), like.device)
 
 
 class _Rotary(torch.autograd.Function):
@@ -37,32 +47,35 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x [B, T, H, K] by angles [T, 1, K / 2], forward or back."""
+    """x [B, T, H, K] by angles [T, K / 2], forward or back."""
     y = empty(x)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     for block in token_blocks(x):
         first, second = wide(x[:, block]).chunk(2, -1)
-        to_first, to_second = y[:, block].chunk(2, -1)
-        to_first.copy_((first * cos[block]).addcmul_(second, sin[block], value=-sign))
-        to_second.copy_((second * cos[block]).addcmul_(first, sin[block], value=sign))
+        target = y[:, block]
+        out = target if target.dtype == first.dtype else target.new_empty(target.shape, dtype=first.dtype)
+        to_first, to_second = out.chunk(2, -1)
+        torch.mul(first, cos[block], out=to_first).addcmul_(second, sin[block], value=-sign)
+        torch.mul(second, cos[block], out=to_second).addcmul_(first, sin[block], value=sign)
+        if out is not target:
+            target.copy_(out)
     return y
 
 
 @full_precision
-def rotary(x: Tensor, position: Tensor, longest: int, base: float = 10000.0) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r"""Rotate pairs (i, i + K/2) of x by the angle position · base^(−2i/K) (half-split layout).
 
     Args:
         x: [B, T, H, K], K even.
-        position: int64 [T], shared by the rows.
-        longest: an upper bound of ``position`` + 1, known on the host.
-        base: of the frequencies.
+        cos, sin: rows of :func:`rotary_table` at the tokens' positions, [T, K / 2], shared by the rows.
 
     Returns:
         [B, T, H, K] in the dtype of x; the rotation is computed in at least float32. Differentiable once.
 
     Source: Su et al. (2021); the paper applies it to KV memory only.
     """
-    size = 1 << max(longest - 1, 63).bit_length()
-    cos, sin = _table(size, x.shape[-1], base, torch.promote_types(x.dtype, torch.float32), x.device)
-    y: Tensor = _Rotary.apply(x, cos[position].unsqueeze(1), sin[position].unsqueeze(1))  # type: ignore[no-untyped-call]
+    if not needs_grad(x):
+        return _rotate(x, cos, sin, 1)
+    y: Tensor = _Rotary.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y

@@ -64,15 +64,16 @@ def test_a_state_does_not_keep_the_sequence_alive(options):
         _, state = layer(torch.randn(2, 203, 16).double())
     for name, tensor in state.tensors().items():
         held = tensor.untyped_storage().nbytes()
-        assert held == tensor.numel() * tensor.element_size(), f"state.{name} keeps {held} bytes alive"
+        assert held <= 2 * tensor.numel() * tensor.element_size(), f"state.{name} keeps {held} bytes alive"
 
 
-def test_compact_copies_views_only():
+def test_compact_copies_small_parts_only():
     x = torch.randn(4, 6)
     assert compact(x) is x
-    view = compact(x[1:3])
-    assert torch.equal(view, x[1:3])
-    assert view.untyped_storage().nbytes() == 2 * 6 * 4
+    assert compact(x[1:]).data_ptr() == x[1:].data_ptr()
+    view = compact(x[1:2])
+    assert torch.equal(view, x[1:2])
+    assert view.untyped_storage().nbytes() == 6 * 4
 
 
 def test_detach_cuts_the_history():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hqlt.ops.fast_weight import first_state, recurrence
@@ -11,7 +12,7 @@ def write(state: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Tensor:
     """M + k ⊗ β(v − Mᵀk) for one token: state [N, H, K, V], key [N, H, K], value [N, H, V], beta [N, H]."""
     recalled = (key.unsqueeze(-2) @ state).squeeze(-2)
     correction = beta.unsqueeze(-1) * (value - recalled)
-    return state + key.unsqueeze(-1) * correction.unsqueeze(-2)
+    return torch.addcmul(state, key.unsqueeze(-1), correction.unsqueeze(-2))
 
 
 def delta_rule_reference(

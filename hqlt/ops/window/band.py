@@ -85,8 +85,8 @@ class _Segment:
         self.per_head = tiles.stop - tiles.start + 1
         self.count = (rows.stop - rows.start) * band.heads * self.per_head
 
-    def room(self, name: str, columns: int, count: int = 0) -> Tensor:
-        return self.scratch(name, count or self.count, self.band.tile, columns)
+    def room(self, name: str, columns: int) -> Tensor:
+        return self.scratch(name, self.count, self.band.tile, columns)
 
     def load(self, name: str, x: Tensor, before: bool = True) -> Tensor:
         return self.band.load(x, self.rows, self.tiles, self.room(name, x.shape[-1]), before)
@@ -96,7 +96,8 @@ class _Segment:
 
     def heads(self, x: Tensor) -> Tensor:
         """[B'·H·(n + 1), C, D] → [B'·H, n + 1, C, D]."""
-        return x.unflatten(0, (-1, self.per_head))
+        heads: Tensor = x.unflatten(0, (-1, self.per_head))
+        return heads
 
     def weights(self, queries: Tensor, keys: Tensor, bias: Tensor, out: Tensor) -> Tensor:
         """Softmax weights of each tile of queries on its pair of tiles, [B'·H·(n + 1) − 1, C, 2C]."""

@@ -39,14 +39,14 @@ def window_attention_chunked(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
-    """Softmax attention in [B, T, H, …] layout; mask None is causal for as many queries as keys."""
+    """Softmax attention in [B, T, H, …] layout; mask None is causal for as many queries as keys, or one query."""
     read = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),
         attn_mask=mask,
         dropout_p=dropout,
-        is_causal=mask is None,
+        is_causal=mask is None and query.shape[1] > 1,
         scale=scale,
     )
     return read.transpose(1, 2)
@@ -75,7 +75,7 @@ def _rows(
         # A single tile: one masked product. A window that is not exceeded needs no mask beyond the causal one.
         reach = window if window is not None and past + length > window else None
         mask = None
-        if past or reach is not None:
+        if length > 1 and (past or reach is not None):
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return _attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
     if not anchored and not dropout and window <= BAND_LIMIT:

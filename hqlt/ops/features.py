@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.ops.blocks import empty, token_blocks, wide
+from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
 from hqlt.ops.precision import full_precision
 
 EPSILON = 1e-6
@@ -18,10 +18,7 @@ class _UnitSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
-        y = empty(x)
-        for block in token_blocks(x):
-            y[:, block] = _features(wide(x[:, block]))[0]
-        return y
+        return _forward(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -39,6 +36,16 @@ class _UnitSiLU(torch.autograd.Function):
         return grad_x
 
 
+def _forward(x: Tensor) -> Tensor:
+    blocks = token_blocks(x)
+    if len(blocks) == 1:
+        return _features(wide(x))[0].to(x.dtype)
+    y = empty(x)
+    for block in blocks:
+        y[:, block] = _features(wide(x[:, block]))[0]
+    return y
+
+
 def _features(x: Tensor) -> tuple[Tensor, Tensor]:
     """The feature and the factor that normalises it."""
     y = F.silu(x)
@@ -52,5 +59,7 @@ def unit_silu(x: Tensor) -> Tensor:
 
     Computed in at least float32, returned in the dtype of x. Differentiable once.
     """
+    if not needs_grad(x):
+        return _forward(x)
     y: Tensor = _UnitSiLU.apply(x)  # type: ignore[no-untyped-call]
     return y
