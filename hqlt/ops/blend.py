@@ -28,16 +28,17 @@ class _BlendNorm(torch.autograd.Function):
         first, second, logit, weight = ctx.saved_tensors
         grad_first = empty(first)
         grad_second, grad_logit = (None if x is None else empty(x) for x in (second, logit))
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = wide(torch.zeros_like(weight))
+        scale = wide(weight) / weight.shape[0]
         for block in token_blocks(first):
             mixed, gate = _mix(first, second, logit, block)
             factor = _factor(mixed, ctx.eps)
             unit = mixed * factor
             upper = wide(grad[:, block])
-            grad_weight += (upper * unit).flatten(0, -2).sum(0)
-            upper = upper * weight
-            along = (upper * unit).mean(-1, keepdim=True)
-            upper.addcmul_(unit, along, value=-1).mul_(factor)
+            product = upper * unit
+            grad_weight += product.flatten(0, -2).sum(0)
+            along = (product @ scale).unsqueeze(-1)
+            upper = (upper * weight).addcmul_(unit, along, value=-1).mul_(factor)
             if gate is None or second is None or grad_second is None or grad_logit is None:
                 grad_first[:, block] = upper
                 continue
@@ -46,7 +47,7 @@ class _BlendNorm(torch.autograd.Function):
             part = gate.mul_(upper)
             grad_first[:, block] = part
             grad_second[:, block] = upper.sub_(part)
-        return grad_first, grad_second, grad_logit, grad_weight, None
+        return grad_first, grad_second, grad_logit, grad_weight.to(weight.dtype), None
 
 
 def _forward(first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float) -> Tensor:
