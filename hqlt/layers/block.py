@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig, ModelConfig
+from hqlt.layers.fixed import FixedSegments
 from hqlt.layers.hybrid_memory import HybridMemory
+from hqlt.layers.linear import Linear
 from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.segments import Segments
 from hqlt.layers.state import MemoryState
@@ -23,9 +25,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
@@ -38,8 +40,8 @@ class GELU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.mlp_size)
-        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size)
+        self.up_proj = Linear(config.hidden_size, config.mlp_size)
+        self.down_proj = Linear(config.mlp_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
@@ -58,7 +60,9 @@ class Block(nn.Module):
         self.mlp: nn.Module = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
         self.dropout = make_dropout(config.dropout)
 
-    def forward(self, x: Tensor, state: MemoryState | None, segments: Segments) -> tuple[Tensor, MemoryState]:
+    def forward(
+        self, x: Tensor, state: MemoryState | None, segments: Segments | FixedSegments
+    ) -> tuple[Tensor, MemoryState]:
         """Packed tokens and one layer's state → the same after this block."""
         y, state = self.memory.advance(self.memory_norm(x), state, segments)
         x = x + y

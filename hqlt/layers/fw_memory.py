@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hqlt.layers.fixed import FixedSpan
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.segments import Span
 from hqlt.layers.state import MemoryState
@@ -21,7 +22,7 @@ def read_fw_memory(
     values: Tensor,
     gates: Gates,
     past: MemoryState,
-    span: Span,
+    span: Span | FixedSpan,
 ) -> tuple[Tensor, Tensor]:
     """Write and read after each token's step, the written token being ``delay`` old.
 
@@ -50,7 +51,7 @@ def read_fw_chunks(
     values: Tensor,
     gates: Gates,
     past: MemoryState,
-    span: Span,
+    span: Span | FixedSpan,
 ) -> tuple[Tensor, Tensor]:
     """Read the state at the start of each query's chunk (Delayed-Chunk).
 
@@ -76,3 +77,19 @@ def read_fw_chunks(
     queries, keys = span.join(None, rule.features(query)), rule.features(keys)
     read, state = rule.write_and_read(queries, keys, values, gates, past.fast_weight, span.key_cu_seqlens, window)
     return span.new(read), state
+
+
+def write_chunk(
+    rule: UpdateRule, keys: Tensor, values: Tensor, gates: Gates, fast_weight: Tensor, complete: Tensor
+) -> Tensor:
+    """The fast weight [N, H, K, V] of Delayed-Chunk after a chunk, for the documents that ``complete`` it (bool [N]).
+
+    Args:
+        keys, values, gates: of the chunk's tokens, [N, S, H, …].
+        fast_weight: at the start of the chunk.
+    """
+    beta, log_decay = gates
+    complete = complete[:, None, None]
+    gates = (beta * complete, None if log_decay is None else log_decay * complete)
+    features = rule.features(keys)
+    return rule.write_and_read(features, features, values, gates, fast_weight, None)[1]

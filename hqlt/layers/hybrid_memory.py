@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
+from hqlt.layers.fixed import FixedSegments, FixedSpan
 from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
 from hqlt.layers.kv_memory import read_kv_memory
+from hqlt.layers.linear import Linear
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.schedule import Schedule
@@ -42,9 +44,9 @@ class HybridMemory(nn.Module):
         self.schedule = Schedule.of(config)
         width, heads = config.hidden_size, config.num_heads
         key_width, value_width = heads * config.key_dim, heads * config.value_dim
-        self.query_proj = nn.Linear(width, key_width, bias=config.bias)
-        self.key_proj = nn.Linear(width, key_width, bias=config.bias)
-        self.value_proj = nn.Linear(width, value_width, bias=config.bias)
+        self.query_proj = Linear(width, key_width, bias=config.bias)
+        self.key_proj = Linear(width, key_width, bias=config.bias)
+        self.value_proj = Linear(width, value_width, bias=config.bias)
         self.convolution: nn.Conv1d | None = None
         if config.short_convolution:
             channels = 2 * key_width + value_width
@@ -55,8 +57,8 @@ class HybridMemory(nn.Module):
             self.update_rule = RULES[config.update_rule](config)
             self.output_norm = RMSNorm(config.value_dim, eps=config.norm_eps)
         self.mixer = Mixer(config) if config.kv_memory and config.update_rule is not None else None
-        self.gate_proj = nn.Linear(width, value_width, bias=False) if config.output_gate else None
-        self.output_proj = nn.Linear(value_width, width, bias=config.bias)
+        self.gate_proj = Linear(width, value_width, bias=False) if config.output_gate else None
+        self.output_proj = Linear(value_width, width, bias=config.bias)
         self.dropout = make_dropout(config.dropout)
 
     def forward(
@@ -91,10 +93,12 @@ class HybridMemory(nn.Module):
         y, state = self.advance(segments.pack(x), state, segments)
         return segments.unpack(y), state
 
-    def advance(self, x: Tensor, state: MemoryState | None, segments: Segments) -> tuple[Tensor, MemoryState]:
+    def advance(
+        self, x: Tensor, state: MemoryState | None, segments: Segments | FixedSegments
+    ) -> tuple[Tensor, MemoryState]:
         """:meth:`forward` on tokens that ``segments`` has packed; models call it to pack once for all layers."""
-        if state is not None:
-            self._check_state(state)
+        if state is not None and not segments.fixed:
+            self.check_state(state)
         whole = state if state is not None else self._empty_state(segments.documents, x)
         if segments.empty:
             return torch.zeros_like(x), whole
@@ -143,7 +147,7 @@ class HybridMemory(nn.Module):
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(f"x is {x.dtype} but the layer's weights are {weight.dtype}; convert one of them")
 
-    def _check_state(self, state: MemoryState) -> None:
+    def check_state(self, state: MemoryState) -> None:
         """The state has the parts, sizes and KV length of this layer's configuration."""
         held = [self.schedule.held(p) for p in state.position.tolist()]
         if state.held.tolist() != held:
@@ -187,7 +191,9 @@ class HybridMemory(nn.Module):
         none = torch.zeros(documents, dtype=torch.long)
         return MemoryState(position=none, held=none.clone(), **parts)
 
-    def _project(self, x: Tensor, past: MemoryState, span: Span) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _project(
+        self, x: Tensor, past: MemoryState, span: Span | FixedSpan
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Query, key [B, T, H, K], value [B, T, H, V] and the convolution's next past."""
         query, key, value = self.query_proj(x), self.key_proj(x), self.value_proj(x)
         convolution = None

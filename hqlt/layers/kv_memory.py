@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from hqlt.config import MemoryConfig
+from hqlt.layers.fixed import FixedSpan
 from hqlt.layers.segments import Span
 from hqlt.ops import rotary, window_attention
+from hqlt.ops.window.chunked import attend
 
 
 def read_kv_memory(
-    query: Tensor, keys: Tensor, values: Tensor, span: Span, config: MemoryConfig, dropout: float = 0.0
+    query: Tensor, keys: Tensor, values: Tensor, span: Span | FixedSpan, config: MemoryConfig, dropout: float = 0.0
 ) -> Tensor:
     """Read KV memory.
 
@@ -27,6 +29,8 @@ def read_kv_memory(
     if config.position_encoding == "rope":
         of_query, of_key = span.rotary_angles(config.rope_base, query)
         query, keys = rotary(query, *of_query), rotary(keys, *of_key)
+    if isinstance(span, FixedSpan):
+        return attend(query, keys, values, query.shape[-1] ** -0.5, 0.0, span.visible())
     return window_attention(
         query,
         keys,

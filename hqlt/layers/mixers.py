@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
+from hqlt.layers.linear import Linear
 from hqlt.layers.norm import RMSNorm
 from hqlt.ops import blend_norm
 
@@ -35,7 +36,7 @@ class Mixer(nn.Module):
             width = self.heads * {"dynamic_scalar": 2, "dynamic_vector": self.value_dim}.get(
                 self.kind, 2 * self.value_dim
             )
-            self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
+            self.gate_proj = Linear(config.hidden_size, width, bias=False)
 
     def reset_parameters(self) -> None:
         """Static scales back to 1."""

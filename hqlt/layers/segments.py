@@ -22,6 +22,8 @@ from hqlt.ops.checks import documents
 class Segments:
     """The new tokens of a call: lengths per document, their place in the input, and each document's past length."""
 
+    fixed = False
+
     def __init__(
         self,
         shape: tuple[int, int],

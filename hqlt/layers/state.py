@@ -123,6 +123,6 @@ class ModelState:
 
 def compact(x: Tensor) -> Tensor:
     """A copy where x is a view of something much larger: a state must not keep a whole sequence alive."""
-    if x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size():
+    if torch.compiler.is_compiling() or x.untyped_storage().nbytes() > 2 * x.numel() * x.element_size():
         return x.clone(memory_format=torch.contiguous_format)
     return x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hqlt.layers.state import ModelState
+from hqlt.models.decoding import Decoder
 from hqlt.models.language_model import LanguageModel
 
 
@@ -21,6 +22,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     state: ModelState | None = None,
+    decoder: Decoder | None = None,
 ) -> Iterator[int]:
     """Yield sampled token ids.
 
@@ -32,9 +34,11 @@ def generate(
         top_p: sample from the smallest set of tokens with at least this probability, in (0, 1].
         seed: of the sampling.
         state: of the text before the prompt.
+        decoder: of this model, for the tokens after the prompt; compiled, it is several times faster per token.
 
     Raises:
-        ValueError: an empty prompt, a negative or infinite temperature, a negative count, or top_p outside (0, 1].
+        ValueError: an empty prompt, a negative or infinite temperature, a negative count, top_p outside (0, 1], or a
+            decoder of another model.
     """
     if prompt.dim() != 1 or prompt.numel() == 0:
         raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; expected [T] with at least one token")
@@ -42,7 +46,9 @@ def generate(
         raise ValueError(f"temperature={temperature} must be finite and at least 0, and top_p={top_p} in (0, 1]")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
-    return _generate(model, prompt, max_new_tokens, temperature, top_p, seed, state)
+    if decoder is not None and decoder.model is not model:
+        raise ValueError("the decoder belongs to another model; make one of this model")
+    return _generate(model, prompt, max_new_tokens, temperature, top_p, seed, state, decoder)
 
 
 @torch.no_grad()
@@ -54,12 +60,18 @@ def _generate(
     top_p: float,
     seed: int,
     state: ModelState | None,
+    decoder: Decoder | None,
 ) -> Iterator[int]:
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    for _ in range(max_new_tokens):
-        logits, state = model(prompt[None], state)
+    for n in range(max_new_tokens):
+        if n == 0 or decoder is None:
+            logits, state = model(prompt[None], state)
+        else:
+            logits = decoder(prompt)[None]
         prompt = _sample(logits[0, -1], temperature, top_p, generator).view(1)
         yield int(prompt)
+        if n == 0 and decoder is not None and state is not None:
+            decoder.load(state)
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

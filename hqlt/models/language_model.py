@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from hqlt.config import ModelConfig
 from hqlt.layers.block import Block, make_norm
+from hqlt.layers.fixed import FixedSegments
+from hqlt.layers.linear import Linear
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.norm import make_dropout
 from hqlt.layers.segments import Segments
@@ -69,15 +71,22 @@ class SequenceModel(nn.Module):
             raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self.blocks)}")
         past = None if state is None else state.position
         segments = Segments((x.shape[0], x.shape[1]), past, attention_mask, cu_seqlens, x.device)
+        y, state = self.advance(segments.pack(x), state, segments)
+        return segments.unpack(y), state
+
+    def advance(
+        self, x: Tensor, state: ModelState | None, segments: Segments | FixedSegments
+    ) -> tuple[Tensor, ModelState]:
+        """:meth:`forward` on tokens that ``segments`` has packed."""
         # Dropout before the positions are added, as in the published models.
-        x = self.dropout(segments.pack(x))
+        x = self.dropout(x)
         if self.config.position_embedding == "sinusoidal":
             x = x + sinusoidal(segments.token_positions(), self.config.hidden_size).to(x.dtype)
         layers = []
         for n, block in enumerate(self.blocks):
             x, layer = block(x, None if state is None else state.layers[n], segments)
             layers.append(layer)
-        return segments.unpack(self.norm(x)), ModelState(tuple(layers))
+        return self.norm(x), ModelState(tuple(layers))
 
 
 class LanguageModel(SequenceModel):
@@ -86,7 +95,7 @@ class LanguageModel(SequenceModel):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.init_weights()
 
@@ -128,7 +137,7 @@ class LanguageModel(SequenceModel):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Hidden states [B, T, D] after the final norm, and the state; arguments as :meth:`forward`."""
-        self._check_ids(input_ids)
+        self.check_ids(input_ids)
         return super().forward(
             self.embedding(input_ids), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens
         )  # fmt: skip
@@ -179,7 +188,8 @@ class LanguageModel(SequenceModel):
         logits = self.head(hidden[used])
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[used])
 
-    def _check_ids(self, input_ids: Tensor) -> None:
+    def check_ids(self, input_ids: Tensor) -> None:
+        """Integer ids [B, T] of the vocabulary."""
         if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
             kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise TypeError(f"input_ids must be an int32 or int64 tensor, not {kind}")

@@ -48,9 +48,14 @@ class _Rotary(torch.autograd.Function):
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """x [B, T, H, K] by angles [T, K / 2], forward or back."""
-    y = empty(x)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    for block in token_blocks(x):
+    blocks = token_blocks(x)
+    if len(blocks) == 1:
+        first, second = wide(x).chunk(2, -1)
+        sin = sin if sign > 0 else -sin
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    y = empty(x)
+    for block in blocks:
         first, second = wide(x[:, block]).chunk(2, -1)
         target = y[:, block]
         out = target if target.dtype == first.dtype else target.new_empty(target.shape, dtype=first.dtype)

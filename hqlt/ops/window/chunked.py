@@ -38,7 +38,7 @@ def window_attention_chunked(
     return _packed(query, key, value, window, anchored, scale, lengths, key_lengths, dropout, chunk_size)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, mask: Tensor | None) -> Tensor:
     """Softmax attention in [B, T, H, …] layout; mask None is causal for as many queries as keys, or one query."""
     read = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -77,7 +77,7 @@ def _rows(
         mask = None
         if length > 1 and (past or reach is not None):
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
-        return _attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
+        return attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
     if not anchored and not dropout and window <= BAND_LIMIT:
         count = -(-length // max(chunk_size, window))
         return band_attention(query, key, value, window, scale, max(-(-length // count), window))
@@ -96,7 +96,7 @@ def _rows(
     mask = _visible(position, key_position, window, anchored) & (key_position >= (0 if anchored else -past))[:, None, :]
     keys, values = (x.unfold(1, span, tile).permute(0, 1, 4, 2, 3).flatten(0, 1) for x in (key, value))
     mask = mask.to(query.device).repeat(query.shape[0], 1, 1)[:, None]
-    read = _attend(query.unflatten(1, (count, tile)).flatten(0, 1), keys, values, scale, dropout, mask)
+    read = attend(query.unflatten(1, (count, tile)).flatten(0, 1), keys, values, scale, dropout, mask)
     read = read.reshape(-1, count * tile, *read.shape[2:])
     return read[:, past : past + length] if anchored else read[:, :length]
 
@@ -141,7 +141,7 @@ def _packed(
     keys, values = (
         x[0].index_select(0, key_index.flatten().to(device)).unflatten(0, key_index.shape) for x in (key, value)
     )
-    read = _attend(queries, keys, values, scale, dropout, mask.to(device)[:, None])
+    read = attend(queries, keys, values, scale, dropout, mask.to(device)[:, None])
     return read.flatten(0, 1).index_select(0, place.to(device))[None]
 
 
