@@ -59,13 +59,13 @@ class FixedSpan:
             raise ValueError("buffers of fixed shape need a bounded KV memory; this layer has window=None")
         self.schedule = schedule
         self.size = max(schedule.window or 1, schedule.delay + 1) if schedule.kv_memory else 1
-        self._angles: dict[tuple[float, int], tuple[Angles, Angles]] = {}
+        self._angles: dict[tuple[float, int, int], tuple[Angles, Angles]] = {}
 
     def rotary_angles(self, base: float, query: Tensor) -> tuple[Angles, Angles]:
         """Cosine and sine at the new token's slot and at all slots."""
-        kind = (base, query.shape[-1])
+        kind = (base, *query.shape[-2:])
         if kind not in self._angles:
-            cos, sin = (x[: self.size] for x in rotary_table(self.size, query.shape[-1], base, query))
+            cos, sin = (x[: self.size] for x in rotary_table(self.size, base, query))
             self._angles[kind] = (cos[-1:], sin[-1:]), (cos, sin)
         return self._angles[kind]
 

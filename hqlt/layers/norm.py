@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from hqlt.ops import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
-    """:func:`hqlt.ops.rms_norm` with a learnable weight; under autocast it keeps the input's dtype."""
+    """:func:`hqlt.ops.rms_norm` with a learnable weight.
+
+    Under autocast the result has the autocast dtype: what follows is projections, each of which would convert it.
+    """
 
     eps: float
     weight: nn.Parameter
@@ -18,7 +22,11 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, …, size] → the same shape."""
-        return rms_norm(x, self.weight, self.eps)
+        device = x.device.type
+        low = (
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+        )
+        return rms_norm(x, self.weight, self.eps, low)
 
 
 def make_dropout(rate: float) -> nn.Module:

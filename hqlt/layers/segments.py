@@ -147,13 +147,13 @@ class _Span:
     longest: int
 
     def __init__(self) -> None:
-        self._angles: dict[tuple[float, int], tuple[Angles, Angles]] = {}
+        self._angles: dict[tuple[float, int, int], tuple[Angles, Angles]] = {}
 
     def rotary_angles(self, base: float, query: Tensor) -> tuple[Angles, Angles]:
         """Cosine and sine at the positions of the queries and of the keys, counted from the oldest token held."""
-        kind = (base, query.shape[-1])
+        kind = (base, *query.shape[-2:])
         if kind not in self._angles:
-            cos, sin = rotary_table(self.longest, query.shape[-1], base, query)
+            cos, sin = rotary_table(self.longest, base, query)
             self._angles[kind] = self._at_positions(cos, sin)
         return self._angles[kind]
 

@@ -52,7 +52,7 @@ class Decoder:
         self._spans = {memory.schedule: FixedSpan(memory.schedule) for memory in self._memories}
         for memory in self._memories:
             if memory.config.kv_memory and memory.config.position_encoding == "rope":
-                like = memory.query_proj.weight[:0, : memory.config.key_dim]
+                like = memory.query_proj.weight.new_empty(0, memory.config.num_heads, memory.config.key_dim)
                 self._spans[memory.schedule].rotary_angles(memory.config.rope_base, like)
         self._step: Callable[[Tensor, Tensor, Buffers], tuple[Tensor, Buffers]] = self._advance
         if self._compile:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
@@ -15,11 +14,17 @@ from hqlt.ops.precision import full_precision
 class _BlendNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float
+        ctx: Any,
+        first: Tensor,
+        second: Tensor | None,
+        logit: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         ctx.save_for_backward(first, second, logit, weight)
         ctx.eps = eps
-        return _forward(first, second, logit, weight, eps)
+        return _forward(first, second, logit, weight, eps, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -47,15 +52,17 @@ class _BlendNorm(torch.autograd.Function):
             part = gate.mul_(upper)
             grad_first[:, block] = part
             grad_second[:, block] = upper.sub_(part)
-        return grad_first, grad_second, grad_logit, grad_weight.to(weight.dtype), None
+        return grad_first, grad_second, grad_logit, grad_weight.to(weight.dtype), None, None
 
 
-def _forward(first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _forward(
+    first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     blocks = token_blocks(first)
     if len(blocks) == 1:
         mixed, _ = _mix(first, second, logit, blocks[0])
-        return F.rms_norm(mixed, weight.shape, wide(weight), eps).to(first.dtype)
-    y = empty(first)
+        return (mixed * _factor(mixed, eps)).mul_(wide(weight)).to(dtype)
+    y = empty(first) if dtype == first.dtype else torch.empty(first.shape, dtype=dtype, device=first.device)
     for block in blocks:
         mixed, _ = _mix(first, second, logit, block)
         mixed = mixed.clone() if second is None else mixed
@@ -79,21 +86,23 @@ def _factor(x: Tensor, eps: float) -> Tensor:
 
 
 @full_precision
-def _apply(first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def _apply(
+    first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     if not needs_grad(first, second, logit, weight):
-        return _forward(first, second, logit, weight, eps)
-    y: Tensor = _BlendNorm.apply(first, second, logit, weight, eps)  # type: ignore[no-untyped-call]
+        return _forward(first, second, logit, weight, eps, dtype)
+    y: Tensor = _BlendNorm.apply(first, second, logit, weight, eps, dtype)  # type: ignore[no-untyped-call]
     return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     r"""x / √(mean x² + ε) ⊙ w over the last axis of x [B, T, …].
 
-    Computed in at least float32, returned in the dtype of x. Differentiable once.
+    Computed in at least float32, returned in ``dtype`` (None: that of x). Differentiable once.
 
     Source: Zhang and Sennrich (2019).
     """
-    return _apply(x, None, None, weight, eps)
+    return _apply(x, None, None, weight, eps, dtype or x.dtype)
 
 
 def blend_norm(first: Tensor, second: Tensor, logit: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -103,4 +112,4 @@ def blend_norm(first: Tensor, second: Tensor, logit: Tensor, weight: Tensor, eps
 
     Source: the paper's dynamic vector mixing, followed by its output norm.
     """
-    return _apply(first, second, logit, weight, eps)
+    return _apply(first, second, logit, weight, eps, first.dtype)

@@ -8,27 +8,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
+from hqlt.ops.blocks import SEGMENT_BYTES, empty, needs_grad, token_blocks, wide
 from hqlt.ops.precision import full_precision
 
 
 @lru_cache(maxsize=16)
-def _table(length: int, dim: int, base: float, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [length, dim / 2]; angles in float64, so that far positions stay exact in any dtype."""
+def _table(
+    length: int, heads: int, dim: int, base: float, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, heads, dim / 2]; angles in float64, so that far positions stay exact in any dtype."""
     with torch.inference_mode(False):
         frequency = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency[None, :]
+        angle = torch.arange(length, dtype=torch.float64)[:, None, None] * frequency
+        angle = angle.expand(-1, heads, -1).contiguous()
         return angle.cos().to(device, dtype), angle.sin().to(device, dtype)
 
 
-def rotary_table(longest: int, dim: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+def rotary_table(longest: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of position · base^(−2i/K), rows for positions 0 … at least ``longest`` − 1, i < K/2.
 
     Returns:
-        two tensors [≥ longest, K / 2] on the device of ``like``, in its dtype but at least float32.
+        two tensors [≥ longest, 1 or H, K / 2] for ``like`` [..., H, K], on its device, in its dtype but at least
+        float32. A short table is repeated for all heads: a product with it is then one long loop, thrice as fast.
     """
+    heads, dim = like.shape[-2:]
     size = 1 << max(longest - 1, 63).bit_length()
-    return _table(size, dim, base, torch.promote_types(like.dtype, torch.float32), like.device)
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    small = size * heads * dim * dtype.itemsize <= SEGMENT_BYTES
+    return _table(size, heads if small else 1, dim, base, dtype, like.device)
 
 
 class _Rotary(torch.autograd.Function):
@@ -47,15 +54,13 @@ class _Rotary(torch.autograd.Function):
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x [B, T, H, K] by angles [T, K / 2], forward or back."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    blocks = token_blocks(x)
-    if len(blocks) == 1:
+    """x [B, T, H, K] by angles [T, 1 or H, K / 2], forward or back."""
+    if torch.compiler.is_compiling():
         first, second = wide(x).chunk(2, -1)
-        sin = sin if sign > 0 else -sin
+        sin = sign * sin
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
     y = empty(x)
-    for block in blocks:
+    for block in token_blocks(x):
         first, second = wide(x[:, block]).chunk(2, -1)
         target = y[:, block]
         out = target if target.dtype == first.dtype else target.new_empty(target.shape, dtype=first.dtype)
@@ -73,7 +78,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: [B, T, H, K], K even.
-        cos, sin: rows of :func:`rotary_table` at the tokens' positions, [T, K / 2], shared by the rows.
+        cos, sin: rows of :func:`rotary_table` at the tokens' positions, [T, 1 or H, K / 2], shared by the rows.
 
     Returns:
         [B, T, H, K] in the dtype of x; the rotation is computed in at least float32. Differentiable once.

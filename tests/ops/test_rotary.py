@@ -7,7 +7,7 @@ from tests.helpers import assert_close
 
 
 def turn(x: torch.Tensor, position: torch.Tensor, longest: int, base: float = 10000.0) -> torch.Tensor:
-    cos, sin = rotary_table(longest, x.shape[-1], base, x)
+    cos, sin = rotary_table(longest, base, x)
     return rotary(x, cos[position], sin[position])
 
 

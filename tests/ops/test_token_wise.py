@@ -25,7 +25,7 @@ def plain_blend_norm(first, second, logit, weight):
 
 
 def plain_rotary(x):
-    cos, sin = (table[:13, None] for table in rotary_table(13, 6, 10000.0, x))
+    cos, sin = (table[:13] for table in rotary_table(13, 10000.0, x))
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
 
@@ -43,7 +43,7 @@ OPS = {
         plain_blend_norm,
         ("first", "second", "logit", "weight"),
     ),
-    "rotary": (lambda x: rotary(x, *(t[:13] for t in rotary_table(13, 6, 10000.0, x))), plain_rotary, ("x",)),
+    "rotary": (lambda x: rotary(x, *(t[:13] for t in rotary_table(13, 10000.0, x))), plain_rotary, ("x",)),
 }
 
 

@@ -57,9 +57,10 @@ class _Band:
         room = out.view(rows.stop - rows.start, self.heads, -1, x.shape[-1])
         skip = max(0, -first) + (0 if before else self.tile)
         end = skip + last - max(first, 0)
-        room[:, :, :skip] = 0
-        room[:, :, skip:end] = x[rows, max(first, 0) : last].transpose(1, 2)
-        room[:, :, end:] = 0
+        room[:, :, :skip].zero_()
+        room[:, :, skip:end].copy_(x[rows, max(first, 0) : last].transpose(1, 2))
+        if end < room.shape[2]:
+            room[:, :, end:].zero_()
         result: Tensor = out.view(-1, self.tile, x.shape[-1])
         return result
 
