@@ -1,4 +1,4 @@
-"""Command line: `hqlt quickstart`."""
+"""Command line: `hqlt quickstart`, `hqlt bench`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and sampling (default: 0)")
     command.add_argument("--workers", type=_workers, help="runs at a time (default: one per core)")
     command.set_defaults(run=_quickstart)
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "bench",
+        help="measure speed and memory against what else there is",
+        description="Time implementations side by side in one process, in interleaved rounds. One whose result differs "
+        "from the reference is not timed. Prints a Markdown table and writes JSON after every case.",
+    )
+    command.add_argument(
+        "suite",
+        choices=("ops", "layer", "train", "generate"),
+        help="ops: delta rules and window attention; layer: both reads and their blend over sequence lengths; "
+        "train: the quick start's models in float32 and bfloat16; generate: one token at a time",
+    )
+    command.add_argument("--output", type=Path, help="JSON file (default: runs/bench/SUITE.json)")
+    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate 400)")
+    command.add_argument(
+        "--seconds", type=_count, default=60, help="ops, layer: no round begins after this, but three are run (60)"
+    )
+    command.add_argument("--threads", type=_workers, help="of torch (default: its own choice)")
+    command.add_argument("--keep-freed-memory", action="store_true", help="keep freed memory in the process (glibc)")
+    command.add_argument("--lengths", type=_count, nargs="+", help="layer: sequence lengths (2048 4096 8192 16384)")
+    command.add_argument("--plot", type=Path, help="layer: SVG file of cost against length")
+    command.add_argument("--other", type=Path, help="generate: another checkout of hqlt to measure in the same rounds")
+    command.set_defaults(run=_bench)
 
 
 def _quickstart(options: argparse.Namespace) -> int:
@@ -52,6 +79,16 @@ def _quickstart(options: argparse.Namespace) -> int:
 
     quickstart(options.output, options.seed, options.workers)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from hqlt.bench.suites import bench
+
+    return 0 if bench(**{name: x for name, x in vars(options).items() if name != "run"}) else 1
+
+
+def _count(text: str) -> int:
+    return _integer(text, 1, 2**24)
 
 
 def _seed(text: str) -> int:

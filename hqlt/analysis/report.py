@@ -46,14 +46,20 @@ def plot_curves(
     marker: float | None = None,
     marker_label: str = "",
     chance: float | None = None,
+    logarithmic: bool = False,
 ) -> Figure:
     """Named curves in one plot.
 
     Args:
         marker: x of a vertical line, named by ``marker_label``.
         chance: y of a horizontal line.
+        logarithmic: both axes, with a tick at every point's x.
     """
     figure, axes = _figure(4.2)
+    if logarithmic:
+        axes.loglog()
+        axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}), minor=False)
+        axes.minorticks_off()
     if chance is not None:
         axes.axhline(chance, color="#999", linewidth=1, linestyle=":", label="chance")
     if marker is not None:
@@ -62,6 +68,8 @@ def plot_curves(
         x, y = zip(*points, strict=True)
         axes.plot(x, y, label=name, color=COLOURS[n % 6], marker=MARKERS[n % 6], markersize=4, linewidth=1.6)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    if logarithmic:
+        axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.legend(frameon=False)

@@ -9,8 +9,6 @@ from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
 from hqlt.ops.window.chunked import window_attention_chunked
 from hqlt.ops.window.reference import window_attention_reference
 
-DEFAULT_TILE = 64
-
 
 def window_attention(
     query: Tensor,
@@ -44,7 +42,7 @@ def window_attention(
         key_cu_seqlens: the same among the keys; absent, the keys have no past.
         dropout: on the attention weights.
         backend: ``reference``, ``chunked`` or ``auto`` (chunked).
-        chunk_size: least number of queries in a tile; changes a result by rounding only. None chooses.
+        chunk_size: about how many queries make a tile; changes a result by rounding only. None chooses.
 
     Returns:
         read [B, T, H, V] in the input dtype.
@@ -69,7 +67,7 @@ def window_attention(
     if backend != "auto" and choose_backend(backend, query.shape[1]) == "reference":
         return window_attention_reference(*arguments)
     choose_backend(backend, query.shape[1])
-    return window_attention_chunked(*arguments, chunk_size or DEFAULT_TILE)
+    return window_attention_chunked(*arguments, chunk_size)
 
 
 def _borders(

@@ -1,13 +1,14 @@
 """Sliding-window attention of dense rows as batched matrix products over tiles, forward and backward.
 
-A tile of queries sees its own keys and those of the tile before. Tiles of a head lie in sequence behind the tile before
-the first one, so that the keys of a tile of queries are a view, copied nowhere. The view that straddles two heads
-belongs to the leading tile of the second; its queries are 0 and its read is dropped. Rows and tiles are worked on in
-segments that stay in the processor's cache.
+A tile of queries sees a span of keys: its own tile and the r tiles before that its window reaches. Tiles of a head lie
+in sequence behind the r tiles before the first one, so that the span of a tile of queries is a view, copied nowhere.
+The views that straddle two heads belong to the leading tiles of the second; their queries are 0 and their reads are
+dropped. Rows, heads and tiles are worked on in segments that stay in the processor's cache.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,26 @@ from hqlt.ops.precision import full_precision
 
 
 @dataclass(frozen=True)
+class _Part:
+    """Rows B', heads H' and n tiles."""
+
+    rows: slice
+    heads: slice
+    tiles: slice
+
+    @property
+    def lines(self) -> tuple[int, int]:
+        """B', H'."""
+        return self.rows.stop - self.rows.start, self.heads.stop - self.heads.start
+
+
+@dataclass(frozen=True)
 class _Band:
     """What the tiles of a call look like.
 
     Attributes:
-        length: tokens T with a query. past: keys before the first query, at most ``tile``.
-        tile: queries in a tile C, at least ``window`` − 1, so that no query looks further back than the tile before.
+        length: tokens T with a query. past: keys before the first query, at most ``window`` − 1.
+        tile: queries in a tile C.
     """
 
     batch: int
@@ -40,94 +55,122 @@ class _Band:
     def tiles(self) -> int:
         return -(-self.length // self.tile)
 
-    def segments(self, like: Tensor) -> Iterator[tuple[slice, slice]]:
-        """Rows and tiles to work on together, the tiles of a row in reverse order."""
-        row = self.heads * self.tile * like.shape[-1] * like.element_size()
-        limit = rows_per_segment(row, like.device)
-        tiles = min(self.tiles, max(4, limit))
-        rows = max(1, limit // tiles)
-        for first in range(0, self.batch, rows):
-            for stop in range(self.tiles, 0, -tiles):
-                yield slice(first, min(first + rows, self.batch)), slice(max(stop - tiles, 0), stop)
+    @property
+    def reach(self) -> int:
+        """Tiles r before a tile that its queries see."""
+        return -(-(self.window - 1) // self.tile)
 
-    def load(self, x: Tensor, rows: slice, tiles: slice, out: Tensor, before: bool) -> Tensor:
-        """[B, P + T, H, D] → [B'·H·(n + 1), C, D]: the tile before, or zeros, then the segment's; zeros beyond."""
-        past = x.shape[1] - self.length
-        first, last = past + (tiles.start - before) * self.tile, past + min(tiles.stop * self.tile, self.length)
-        room = out.view(rows.stop - rows.start, self.heads, -1, x.shape[-1])
-        skip = max(0, -first) + (0 if before else self.tile)
+    @property
+    def span(self) -> int:
+        """Keys that a tile sees."""
+        return (self.reach + 1) * self.tile
+
+    def segments(self, like: Tensor) -> Iterator[_Part]:
+        """Rows, heads and tiles to work on together, the tiles of a head in reverse order.
+
+        Tiles of a head come first: each run of tiles needs the r tiles before it once more.
+        """
+        limit = rows_per_segment(self.tile * like.shape[-1] * like.element_size(), like.device)
+        tiles = min(self.tiles, max(4 * self.reach, limit))
+        heads = min(self.heads, max(1, limit // tiles))
+        rows = max(1, limit // (tiles * heads)) if heads == self.heads else 1
+        for row in range(0, self.batch, rows):
+            for head in range(0, self.heads, heads):
+                for stop in range(self.tiles, 0, -tiles):
+                    yield _Part(
+                        slice(row, min(row + rows, self.batch)),
+                        slice(head, min(head + heads, self.heads)),
+                        slice(max(stop - tiles, 0), stop),
+                    )
+
+    def load(self, x: Tensor, part: _Part, out: Tensor, before: bool) -> Tensor:
+        """[B, P + T, H, D] → [B'·H'·(n + r), C, D]: r tiles before, or zeros, then the segment's; zeros beyond."""
+        past, tiles = x.shape[1] - self.length, part.tiles
+        lead = self.reach * self.tile
+        first, last = past + tiles.start * self.tile - lead * before, past + min(tiles.stop * self.tile, self.length)
+        room = out.view(*part.lines, -1, x.shape[-1])
+        skip = max(0, -first) if before else lead
         end = skip + last - max(first, 0)
         room[:, :, :skip].zero_()
-        room[:, :, skip:end].copy_(x[rows, max(first, 0) : last].transpose(1, 2))
+        room[:, :, skip:end].copy_(x[part.rows, max(first, 0) : last, part.heads].transpose(1, 2))
         if end < room.shape[2]:
             room[:, :, end:].zero_()
         result: Tensor = out.view(-1, self.tile, x.shape[-1])
         return result
 
-    def store(self, x: Tensor, rows: slice, tiles: slice, out: Tensor) -> None:
-        """[B'·H·(n + 1), C, D] → the segment's queries in [B, T, H, D]."""
-        first, last = tiles.start * self.tile, min(tiles.stop * self.tile, self.length)
-        room = x.view(rows.stop - rows.start, self.heads, -1, x.shape[-1])
-        out[rows, first:last] = room[:, :, self.tile : self.tile + last - first].transpose(1, 2)
+    def store(self, x: Tensor, part: _Part, out: Tensor) -> None:
+        """[B'·H'·(n + r), C, D] → the segment's queries in [B, T, H, D]."""
+        first, last = part.tiles.start * self.tile, min(part.tiles.stop * self.tile, self.length)
+        lead, room = self.reach * self.tile, x.view(*part.lines, -1, x.shape[-1])
+        out[part.rows, first:last, part.heads] = room[:, :, lead : lead + last - first].transpose(1, 2)
 
     def bias(self, like: Tensor) -> Tensor:
-        """0 where a query of a tile sees a key of its pair of tiles, else −∞: [C, 2C]."""
-        position = torch.arange(self.tile, 2 * self.tile, device=like.device)[:, None]
-        key_position = torch.arange(2 * self.tile, device=like.device)[None, :]
+        """0 where a query of a tile sees a key of its span, else −∞: [C, (r + 1)·C]."""
+        position = torch.arange(self.span - self.tile, self.span, device=like.device)[:, None]
+        key_position = torch.arange(self.span, device=like.device)[None, :]
         hidden = (key_position > position) | (key_position <= position - self.window)
         return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
 
 
 class _Segment:
-    """The tiles of one segment: queries, keys and values of shape [B'·H·(n + 1), C, D]."""
+    """The tiles of one segment: queries, keys and values of shape [B'·H'·(n + r), C, D]."""
 
-    def __init__(self, band: _Band, rows: slice, tiles: slice, scratch: Scratch) -> None:
-        self.band, self.rows, self.tiles, self.scratch = band, rows, tiles, scratch
-        self.per_head = tiles.stop - tiles.start + 1
-        self.count = (rows.stop - rows.start) * band.heads * self.per_head
+    def __init__(self, band: _Band, part: _Part, scratch: Scratch) -> None:
+        self.band, self.part, self.scratch = band, part, scratch
+        self.per_head = part.tiles.stop - part.tiles.start + band.reach
+        self.count = math.prod(part.lines) * self.per_head
 
     def room(self, name: str, columns: int) -> Tensor:
         return self.scratch(name, self.count, self.band.tile, columns)
 
     def load(self, name: str, x: Tensor, before: bool = True) -> Tensor:
-        return self.band.load(x, self.rows, self.tiles, self.room(name, x.shape[-1]), before)
+        return self.band.load(x, self.part, self.room(name, x.shape[-1]), before)
 
     def store(self, x: Tensor, out: Tensor) -> None:
-        self.band.store(x, self.rows, self.tiles, out)
+        self.band.store(x, self.part, out)
 
     def heads(self, x: Tensor) -> Tensor:
-        """[B'·H·(n + 1), C, D] → [B'·H, n + 1, C, D]."""
+        """[B'·H'·(n + r), C, D] → [B'·H', n + r, C, D]."""
         heads: Tensor = x.unflatten(0, (-1, self.per_head))
         return heads
 
+    @property
+    def weights_shape(self) -> tuple[int, int, int]:
+        """Of the weights of each tile of queries on its span."""
+        return self.count - self.band.reach, self.band.tile, self.band.span
+
+    def spans(self, tiles: Tensor) -> Tensor:
+        """Every tile but the last r together with the r after it, [B'·H'·(n + r) − r, (r + 1)·C, D], a view."""
+        dim = tiles.shape[-1]
+        shape = (self.count - self.band.reach, self.band.span, dim)
+        return tiles.as_strided(shape, (self.band.tile * dim, dim, 1), tiles.storage_offset())
+
     def weights(self, queries: Tensor, keys: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-        """Softmax weights of each tile of queries on its pair of tiles, [B'·H·(n + 1) − 1, C, 2C]."""
+        """Softmax weights of each tile of queries on its span."""
         band = self.band
-        scores = torch.baddbmm(bias[None], queries[1:], _pairs(keys).mT, alpha=band.scale, out=out)
-        if self.tiles.start == 0:
-            scores[:: self.per_head, :, : band.tile - band.past] = float("-inf")  # no token comes before the first
+        spans = self.spans(keys).mT
+        scores = torch.baddbmm(bias[None], queries[band.reach :], spans, alpha=band.scale, out=out)
+        for n in range(self.part.tiles.start, min(band.reach, self.part.tiles.stop)):
+            # No token comes before the first.
+            before = max(0, (band.reach - n) * band.tile - band.past)
+            scores[n - self.part.tiles.start :: self.per_head, :, :before] = float("-inf")
         torch.softmax(scores, -1, out=scores)
         return self.cut(scores)
 
-    def cut(self, pairs: Tensor) -> Tensor:
-        """0 at the pairs that straddle two heads, which may belong to other rows: whatever those hold stays there."""
-        pairs[self.per_head - 1 :: self.per_head] = 0
-        return pairs
+    def cut(self, weights: Tensor) -> Tensor:
+        """0 at the spans that straddle two heads, which may belong to other rows: whatever those hold stays there."""
+        for n in range(self.per_head - self.band.reach, self.per_head):
+            weights[n :: self.per_head].zero_()
+        return weights
 
-
-def _pairs(tiles: Tensor) -> Tensor:
-    """Every tile together with the one after it, [tiles − 1, 2C, D], a view."""
-    count, tile, dim = tiles.shape
-    return tiles.as_strided((count - 1, 2 * tile, dim), (tile * dim, dim, 1), tiles.storage_offset())
-
-
-def _from_pairs(weights: Tensor, targets: Tensor, out: Tensor) -> Tensor:
-    """Adjoint of reading pairs: Σ weightsᵀ targets over the two tiles of queries that see a tile."""
-    tile = targets.shape[1]
-    out[0] = 0
-    torch.bmm(weights[:, :, tile:].mT, targets[1:], out=out[1:])
-    out[:-1].baddbmm_(weights[:, :, :tile].mT, targets[1:])
-    return out
+    def from_spans(self, weights: Tensor, targets: Tensor, out: Tensor) -> Tensor:
+        """Adjoint of reading spans: Σ weightsᵀ targets over the tiles of queries that see a tile."""
+        reach, tile = self.band.reach, self.band.tile
+        out[:reach].zero_()
+        torch.bmm(weights[:, :, reach * tile :].mT, targets[reach:], out=out[reach:])
+        for n in range(reach):
+            out[n : n - reach].baddbmm_(weights[:, :, n * tile : (n + 1) * tile].mT, targets[reach:])
+        return out
 
 
 class _BandAttention(torch.autograd.Function):
@@ -138,13 +181,13 @@ class _BandAttention(torch.autograd.Function):
         read = query.new_empty(*query.shape[:3], value.shape[-1])
         keep, saved = any(ctx.needs_input_grad), []
         bias = band.bias(scratch.like)
-        for rows, tiles in band.segments(query):
-            part = _Segment(band, rows, tiles, scratch)
+        for place in band.segments(query):
+            part = _Segment(band, place, scratch)
             queries, keys, values = part.load("q", query, False), part.load("k", key), part.load("v", value)
-            shape = (part.count - 1, band.tile, 2 * band.tile)
+            shape = part.weights_shape
             weights = part.weights(queries, keys, bias, scratch.like.new_empty(shape) if keep else scratch("w", *shape))
             reads = part.room("reads", value.shape[-1])
-            torch.bmm(weights, _pairs(values), out=reads[1:])
+            torch.bmm(weights, part.spans(values), out=reads[band.reach :])
             part.store(reads, read)
             saved.append(weights)
         ctx.band = band
@@ -160,30 +203,30 @@ class _BandAttention(torch.autograd.Function):
         scratch = Scratch(saved[0])
         grads = [empty(x) for x in (query, key, value)]
         carried: list[Tensor] = []
-        for (rows, tiles), weights in zip(band.segments(query), saved, strict=True):
-            part = _Segment(band, rows, tiles, scratch)
+        for place, weights in zip(band.segments(query), saved, strict=True):
+            part = _Segment(band, place, scratch)
             queries, keys, values = part.load("q", query, False), part.load("k", key), part.load("v", value)
             upper = part.load("upper", grad_read, False)
             grad_weights = scratch("grad_weights", *weights.shape)
-            torch.bmm(upper[1:], _pairs(values).mT, out=grad_weights)
+            torch.bmm(upper[band.reach :], part.spans(values).mT, out=grad_weights)
             scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             part.cut(scores.mul_(band.scale))
             grad_queries = part.room("grad_q", query.shape[-1])
-            torch.bmm(scores, _pairs(keys), out=grad_queries[1:])
+            torch.bmm(scores, part.spans(keys), out=grad_queries[band.reach :])
             part.store(grad_queries, grads[0])
             pairs = [
-                _from_pairs(scores, queries, part.room("grad_k", key.shape[-1])),
-                _from_pairs(weights, upper, part.room("grad_v", value.shape[-1])),
+                part.from_spans(scores, queries, part.room("grad_k", key.shape[-1])),
+                part.from_spans(weights, upper, part.room("grad_v", value.shape[-1])),
             ]
-            if tiles.stop < band.tiles:
+            if place.tiles.stop < band.tiles:
                 for x, later in zip(pairs, carried, strict=True):
-                    part.heads(x)[:, -1].add_(later)
-            carried = [part.heads(x)[:, 0].clone() for x in pairs]
+                    part.heads(x)[:, part.per_head - band.reach :].add_(later)
+            carried = [part.heads(x)[:, : band.reach].clone() for x in pairs]
             for x, grad in zip(pairs, grads[1:], strict=True):
                 part.store(x, grad[:, band.past :])
-                if tiles.start == 0 and band.past:
-                    tail = part.heads(x)[:, 0, band.tile - band.past :].unflatten(0, (-1, band.heads))
-                    grad[rows, : band.past] = tail.transpose(1, 2)
+                if place.tiles.start == 0 and band.past:
+                    tail = part.heads(x)[:, : band.reach].flatten(1, 2)[:, -band.past :].unflatten(0, place.lines)
+                    grad[place.rows, : band.past, place.heads] = tail.transpose(1, 2)
         return *grads, None
 
 
@@ -192,8 +235,8 @@ def band_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale
     """Each query of [B, T, H, K] sees the last ``window`` keys up to its own token's; read [B, T, H, V].
 
     Args:
-        query, key, value: keys and values may begin with up to ``tile`` tokens of the past.
-        tile: queries in a tile, at least ``window`` − 1.
+        query, key, value: keys and values may begin with up to ``window`` − 1 tokens of the past.
+        tile: queries in a tile.
 
     Differentiable once.
     """

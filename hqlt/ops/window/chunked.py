@@ -12,6 +12,7 @@ from hqlt.ops.window.band import band_attention
 
 # Beyond this window the weights that the band form keeps take more memory than they save time.
 BAND_LIMIT = 256
+DEFAULT_TILE = 64
 
 
 def window_attention_chunked(
@@ -24,7 +25,7 @@ def window_attention_chunked(
     borders: list[int] | None,
     key_borders: list[int] | None,
     dropout: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Tensor:
     """Read [B, T, H, V] of queries against keys that end with the queries' own tokens."""
     if borders is None or key_borders is None:
@@ -60,7 +61,7 @@ def _rows(
     anchored: bool,
     scale: float,
     dropout: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Tensor:
     """Rows of equal length."""
     length, past = query.shape[1], key.shape[1] - query.shape[1]
@@ -71,7 +72,7 @@ def _rows(
     elif window is not None and past >= window:
         first = past - window + 1
         key, value, past = key[:, first:], value[:, first:], window - 1
-    if window is None or past + length <= max(window, chunk_size):
+    if window is None or past + length <= max(window, chunk_size or DEFAULT_TILE):
         # A single tile: one masked product. A window that is not exceeded needs no mask beyond the causal one.
         reach = window if window is not None and past + length > window else None
         mask = None
@@ -79,8 +80,7 @@ def _rows(
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
     if not anchored and not dropout and window <= BAND_LIMIT:
-        count = -(-length // max(chunk_size, window))
-        return band_attention(query, key, value, window, scale, max(-(-length // count), window))
+        return band_attention(query, key, value, window, scale, _band_tile(length, window, chunk_size))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)
     count = -(-(past + length if anchored else length) // tile)
     if anchored:
@@ -111,7 +111,7 @@ def _packed(
     lengths: list[int],
     key_lengths: list[int],
     dropout: float,
-    chunk_size: int,
+    chunk_size: int | None,
 ) -> Tensor:
     """One row that packs documents: tiles of all documents are stacked, none reaches outside its document."""
     length, key_length = torch.tensor(lengths), torch.tensor(key_lengths)
@@ -145,8 +145,15 @@ def _packed(
     return read.flatten(0, 1).index_select(0, place.to(device))[None]
 
 
-def _tile(length: int, past: int, window: int, anchored: bool, chunk_size: int) -> tuple[int, int, int]:
+def _band_tile(length: int, window: int, chunk_size: int | None) -> int:
+    """Queries in a tile of the band form: half a window, so that a third of the products is masked away, not half."""
+    tile = max(chunk_size or max(16, -(-window // 16) * 8), -(-window // 8))
+    return -(-length // -(-length // tile))
+
+
+def _tile(length: int, past: int, window: int, anchored: bool, chunk_size: int | None) -> tuple[int, int, int]:
     """Queries in a tile, keys that a tile sees, and how many of those keys lie before the tile."""
+    chunk_size = chunk_size or DEFAULT_TILE
     if anchored:
         tile = window * max(1, min(chunk_size // window, -(-(past + length) // window)))
         return tile, tile, 0

@@ -1,0 +1,111 @@
+"""What a benchmark found: rows of numbers, as a table to read and as JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqlt.files import write_text
+from hqlt.training.parallel import available_cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One implementation on one case.
+
+    Attributes:
+        case: what is computed, and on which shape.
+        name: of the implementation.
+        error: relative difference from the reference; None where there is nothing to compare with.
+        refused: why it was not timed.
+        milliseconds: median over ``repeats`` interleaved runs. low, high: first and last decile.
+        baseline: the implementation that ``ratio`` refers to, ratio = its time / this time (above 1: faster than it).
+        floor: milliseconds that the case takes at least on this machine.
+        mebibytes: most memory that tensors made in the run held at a time.
+        tokens: handled in a run.
+        loss: after training.
+    """
+
+    case: str
+    name: str
+    error: float | None = None
+    refused: str | None = None
+    milliseconds: float | None = None
+    low: float | None = None
+    high: float | None = None
+    repeats: int = 0
+    baseline: str | None = None
+    ratio: float | None = None
+    floor: float | None = None
+    mebibytes: float | None = None
+    tokens: int | None = None
+    loss: float | None = None
+
+    @property
+    def cells(self) -> dict[str, str]:
+        """The row as text, by column."""
+        if self.milliseconds is None:
+            return {"case": self.case, "implementation": self.name, "ms": f"not timed: {self.refused}"}
+        spread = "" if self.low is None or self.high is None else f" ({self.low:.3g}–{self.high:.3g})"
+        cells = {"case": self.case, "implementation": self.name, "ms": f"{self.milliseconds:.3g}{spread}"}
+        if self.tokens is not None:
+            cells["tokens/s"] = f"{1e3 * self.tokens / self.milliseconds:,.0f}"
+        if self.ratio is not None:
+            cells["speed-up"] = f"{self.ratio:.2f}×"
+        if self.floor is not None:
+            cells["× floor"] = f"{self.milliseconds / self.floor:.2f}"
+        if self.mebibytes is not None:
+            cells["peak MiB"] = f"{self.mebibytes:.1f}"
+        if self.error is not None:
+            cells["error"] = f"{self.error:.0e}"
+        if self.loss is not None:
+            cells["loss"] = f"{self.loss:.3f}"
+        return cells
+
+
+def markdown(records: list[Record]) -> str:
+    """A Markdown table, aligned to be read as it is."""
+    order = ["case", "implementation", "ms", "tokens/s", "speed-up", "× floor", "peak MiB", "loss", "error"]
+    rows = [record.cells for record in records]
+    columns = [name for name in order if any(name in row for row in rows)]
+    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns}
+    lines = [
+        {name: name for name in columns},
+        {name: "-" * widths[name] for name in columns},
+        *rows,
+    ]
+    return "\n".join("| " + " | ".join(line.get(n, "").ljust(widths[n]) for n in columns) + " |" for line in lines)
+
+
+def machine(**settings: Any) -> dict[str, Any]:
+    """What a number depends on beside the code."""
+    return {
+        "processor": _processor(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **settings,
+    }
+
+
+def save(path: Path, command: str, records: list[Record], **settings: Any) -> None:
+    """Write records with the command and the machine as JSON, atomically."""
+    rows = [{name: x for name, x in asdict(record).items() if x is not None} for record in records]
+    content = {"command": command, "machine": machine(**settings), "records": rows}
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
