@@ -62,7 +62,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train: the quick start's models in float32 and bfloat16; generate: one token at a time",
     )
     command.add_argument("--output", type=Path, help="JSON file (default: runs/bench/SUITE.json)")
-    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate 400)")
+    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate 40)")
     command.add_argument(
         "--seconds", type=_count, default=60, help="ops, layer: no round begins after this, but three are run (60)"
     )

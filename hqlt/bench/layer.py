@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hqlt.bench.contest import Contender, contest, relative_error
 from hqlt.bench.ops import ATTENTION, CHECKED_LENGTH, attention_contender, transformers_fallback
 from hqlt.bench.record import Record
+from hqlt.bench.timing import Contender, contest, relative_error
 from hqlt.config import MemoryConfig
 from hqlt.files import write_text
 from hqlt.layers import HybridMemory

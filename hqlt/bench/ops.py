@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hqlt.bench.contest import Contender, contest, relative_error
 from hqlt.bench.record import Record
+from hqlt.bench.timing import Contender, contest, relative_error
 from hqlt.ops import delta_rule, gated_delta_rule, window_attention
 
 Function = Callable[..., Tensor]

@@ -16,7 +16,7 @@ from hqlt.bench.ops import bench_ops, transformers_fallback
 from hqlt.bench.record import Record, machine, markdown, save
 from hqlt.bench.train import bench_train
 
-REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 400}
+REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40}
 
 
 def bench(

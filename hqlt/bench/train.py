@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import torch
 
-from hqlt.bench.contest import Contender, contest
 from hqlt.bench.record import Record
+from hqlt.bench.timing import WARM_UP_RUNS, Contender, contest
 from hqlt.models.language_model import LanguageModel
 from hqlt.quickstart import text_task
-from hqlt.recipes import quickstart_text
+from hqlt.recipes import TextRecipe, quickstart_text
 from hqlt.tasks.text import ByteCorpus, python_documents
+from hqlt.training.loop import Task
 from hqlt.training.optimizer import make_adamw, warmup_cosine
 
 CLIP = 1.0
@@ -25,14 +26,13 @@ LOSS_TOLERANCE = 1e-2
 class _Trainee:
     """A model in training; ``run`` is one step."""
 
-    def __init__(self, name: str, low: bool, steps: int) -> None:
-        self.recipe = quickstart_text()
+    def __init__(self, name: str, low: bool, steps: int, recipe: TextRecipe, task: Task) -> None:
+        self.recipe, self.task = recipe, task
         self.low, self.steps = low, steps
         torch.manual_seed(self.recipe.training.seed)
         self.model = LanguageModel(self.recipe.models[name])
         training = self.recipe.training
         self.optimizer = make_adamw(self.model, training.learning_rate, training.weight_decay, training.betas)
-        self.task = text_task(ByteCorpus.from_documents(python_documents()), self.recipe)
         self.losses: list[float] = []
 
     def loss(self, step: int) -> torch.Tensor:
@@ -57,9 +57,13 @@ class _Trainee:
 def bench_train(repeats: int) -> Iterator[list[Record]]:
     """Every model of the quick start for ``repeats`` steps in either precision."""
     recipe = quickstart_text()
+    task = text_task(ByteCorpus.from_documents(python_documents()), recipe)
     tokens = recipe.batch_size * recipe.length
     for name in recipe.models:
-        trainees = {kind: _Trainee(name, kind != "float32", repeats + 1) for kind in ("float32", "bfloat16 autocast")}
+        trainees = {
+            kind: _Trainee(name, kind != "float32", repeats + WARM_UP_RUNS, recipe, task)
+            for kind in ("float32", "bfloat16 autocast")
+        }
         with torch.no_grad():
             first = float(trainees["float32"].loss(0))
 

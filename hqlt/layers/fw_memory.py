@@ -39,7 +39,6 @@ def read_fw_memory(
     key, value = span.delayed(keys, schedule.delay), span.delayed(values, schedule.delay)
     written = span.is_written(schedule.delay)
     beta = beta if written is None else beta * written
-    query, key = rule.features(query), rule.features(key)
     return rule.write_and_read(query, key, value, (beta, log_decay), past.fast_weight, span.cu_seqlens)
 
 
@@ -71,10 +70,11 @@ def read_fw_chunks(
         # Every query reads the carried state; gates of 0 leave that state as it is.
         calm = None if log_decay is None else torch.zeros_like(span.new(log_decay))
         idle = (torch.zeros_like(span.new(beta)), calm)
-        query, key = rule.features(query), rule.features(span.new(keys))
-        return rule.write_and_read(query, key, span.new(values), idle, past.fast_weight, span.cu_seqlens, window)
+        return rule.write_and_read(
+            query, span.new(keys), span.new(values), idle, past.fast_weight, span.cu_seqlens, window
+        )
     gates = (beta * completed, None if log_decay is None else log_decay * completed)
-    queries, keys = span.join(None, rule.features(query)), rule.features(keys)
+    queries = span.join(None, query)
     read, state = rule.write_and_read(queries, keys, values, gates, past.fast_weight, span.key_cu_seqlens, window)
     return span.new(read), state
 
@@ -91,5 +91,4 @@ def write_chunk(
     beta, log_decay = gates
     complete = complete[:, None, None]
     gates = (beta * complete, None if log_decay is None else log_decay * complete)
-    features = rule.features(keys)
-    return rule.write_and_read(features, features, values, gates, fast_weight, None)[1]
+    return rule.write_and_read(keys, keys, values, gates, fast_weight, None)[1]

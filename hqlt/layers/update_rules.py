@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from hqlt.config import MemoryConfig
 from hqlt.layers.linear import Linear
 from hqlt.layers.norm import make_dropout
-from hqlt.ops import delta_rule, gated_delta_rule, linear_attention, unit_silu
+from hqlt.ops import delta_rule, gated_delta_rule, linear_attention
 from hqlt.ops.checks import state_dtype
-from hqlt.ops.features import EPSILON as UNIT_EPSILON
+from hqlt.ops.features import unit
 from hqlt.ops.linear.reference import EPSILON, feature_map
 
 
 class UpdateRule(nn.Module):
-    """Common face of the rules: gates of each token, features of query and key, write and read."""
+    """Common face of the rules: gates of each token, write and read."""
 
     extra_columns = 0
 
@@ -30,10 +30,6 @@ class UpdateRule(nn.Module):
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Write strength β and log-decay g (None: no decay) of each token, [B, T, D] → [B, T, H]."""
         raise NotImplementedError
-
-    def features(self, x: Tensor) -> Tensor:
-        """What the fast weight sees of a raw query or key [B, T, H, K]."""
-        return x
 
     def write_and_read(
         self,
@@ -48,7 +44,7 @@ class UpdateRule(nn.Module):
         """Write each token and read with its query: (read [B, T, H, V], state [N, H, K, V]).
 
         Args:
-            query, key: features [B, T, H, K]. value: [B, T, H, V]. gates: β and log-decay [B, T, H].
+            query, key: raw [B, T, H, K]. value: [B, T, H, V]. gates: β and log-decay [B, T, H].
             initial_state, cu_seqlens: as in the ops.
             period: of chunk reads; None reads after each token's own write.
         """
@@ -72,12 +68,6 @@ class DeltaRule(UpdateRule):
         beta: Tensor = self.beta_proj(x).sigmoid()
         return (2 * beta if self.config.allow_negative_eigenvalues else beta), None
 
-    def features(self, x: Tensor) -> Tensor:
-        if isinstance(self.dropout, nn.Identity) or not self.training:
-            return unit_silu(x)
-        wide: Tensor = self.dropout(F.silu(x)).to(state_dtype(x.dtype))
-        return (wide * (wide.square().sum(-1, keepdim=True) + UNIT_EPSILON).rsqrt()).to(x.dtype)
-
     def write_and_read(
         self,
         query: Tensor,
@@ -88,11 +78,20 @@ class DeltaRule(UpdateRule):
         cu_seqlens: Tensor | None,
         period: int | None = None,
     ) -> tuple[Tensor, Tensor]:
+        options: dict[str, Any] = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, **self._reads(period)}
+        if self.training and not isinstance(self.dropout, nn.Identity):
+            # Dropout comes between the SiLU and its normalisation.
+            query, key = self._dropped_features(query), self._dropped_features(key)
+        else:
+            options["feature_map"] = "unit_silu"
         tokens = (query, key, value, gates[0])
-        options = {"initial_state": initial_state, "cu_seqlens": cu_seqlens, **self._reads(period)}
         if gates[1] is None:
             return delta_rule(*tokens, **options)
         return gated_delta_rule(*tokens, gates[1], **options)
+
+    def _dropped_features(self, x: Tensor) -> Tensor:
+        wide: Tensor = self.dropout(F.silu(x)).to(state_dtype(x.dtype))
+        return unit(wide).to(x.dtype)
 
 
 class GatedDeltaRule(DeltaRule):

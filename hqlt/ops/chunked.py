@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.ops.blocks import Scratch, empty, rows_per_segment
+from hqlt.ops.decay import Decay
+from hqlt.ops.features import unit_silu_gradient, unit_silu_of
 from hqlt.ops.precision import full_precision
 from hqlt.ops.tiles import Tiles, make_tiles
 from hqlt.ops.triangular import unit_lower_inverse
@@ -46,6 +47,7 @@ def chunked(
     period: int | None,
     chunk_size: int | None,
     scale: float,
+    features: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Write and read a fast weight tile by tile. Differentiable once.
 
@@ -57,12 +59,13 @@ def chunked(
         period: of chunk reads, or None.
         chunk_size: tokens in a tile; None chooses.
         scale: of the read.
+        features: take :func:`hqlt.ops.unit_silu` of query and key, in the cache: neither is stored.
 
     Returns:
         read [B, T, H, V] in the dtype of ``value`` and the final state [N, H, K, V].
     """
     tiles = make_tiles(query, borders, chunk_size or choose_tile(query.shape[-1]), period)
-    plan = _Plan(tiles, query.shape[2], scale, period, correct)
+    plan = _Plan(tiles, query.shape[2], scale, period, correct, features)
     read, final = _Chunked.apply(query, key, value, beta, log_decay, state, plan)  # type: ignore[no-untyped-call]
     return read, final
 
@@ -74,6 +77,7 @@ class _Plan:
     scale: float
     period: int | None
     correct: bool
+    features: bool
 
     @property
     def tile(self) -> int:
@@ -135,58 +139,6 @@ class _Segment:
         ]
 
 
-class _Decay:
-    """The running log-decay of a segment's tiles and the factors it gives, with the gradient of each."""
-
-    def __init__(self, log_decay: Tensor, plan: _Plan, causal: Tensor) -> None:
-        self.running = log_decay.cumsum(-1)
-        self.entering = self.running.exp().unsqueeze(-1)
-        self.leaving = (self.running[:, -1:] - self.running).exp().unsqueeze(-1)
-        self.whole = self.running[:, -1, None, None].exp()
-        self.between = _between(self.running, self.running, causal)
-        self._border: Tensor | None = None
-        self.query: Tensor | None = self.entering
-        self.seen = self.between
-        if plan.period is not None:
-            self.query = None
-            if plan.sees_own_tile:
-                # Running log-decay at the last border: that of the token before it, 0 at the start of the tile.
-                block = torch.arange(plan.tile, device=causal.device) // plan.period
-                self._border = block * plan.period
-                at = F.pad(self.running, (1, 0))[:, self._border]
-                self.query = at.exp().unsqueeze(-1)
-                self.seen = _between(at, self.running, block[:, None] > block[None, :])
-        self.grad = torch.zeros_like(self.running)
-        self._grad_query = self.grad if self._border is None else torch.zeros_like(self.running)
-
-    def add_weights(self, weighted: Tensor, query: bool = False) -> None:
-        """Gradient · weight, [n, C, C], of weights e^{G_t − G_s}; ``query``: of those that reads use."""
-        target = self._grad_query if query else self.grad
-        target.add_(weighted.sum(-1))
-        self.grad.sub_(weighted.sum(-2))
-
-    def add_entering(self, weighted: Tensor, query: bool = False) -> None:
-        """Gradient · value, [n, C], of what e^G multiplies."""
-        (self._grad_query if query else self.grad).add_(weighted)
-
-    def add_leaving(self, weighted: Tensor, states: Tensor) -> None:
-        """Gradient · value of what e^{G_C − G} multiplies, [n, C], and of the decayed states, [n]."""
-        self.grad.sub_(weighted)
-        self.grad[:, -1].add_(weighted.sum(-1)).add_(states)
-
-    def result(self) -> Tensor:
-        """Gradient of the log-decay, [n, C]."""
-        if self._border is not None:
-            padded = F.pad(self.grad, (1, 0))
-            self.grad = padded.index_add_(1, self._border, self._grad_query)[:, 1:]
-        return self.grad.flip(-1).cumsum(-1).flip(-1)
-
-
-def _between(at: Tensor, since: Tensor, visible: Tensor) -> Tensor:
-    """e^{G_t − G_s} where s is visible from t, else 0; masked before the exponential so that nothing overflows."""
-    return (at.unsqueeze(-1) - since.unsqueeze(-2)).masked_fill_(~visible, float("-inf")).exp_()
-
-
 class _Inputs:
     """The tokens of a segment in tiles, and what follows from them without the state."""
 
@@ -195,13 +147,14 @@ class _Inputs:
     ) -> None:
         self.plan, self.segment, self.scratch = plan, segment, scratch
         query, key, beta, log_decay = tokens
-        self.q, self.k, self.b = self.load("query", query), self.load("key", key), self.load("beta", beta)
+        self._raw: dict[str, tuple[Tensor, Tensor]] = {}
+        self.q, self.k, self.b = self.feature("query", query), self.feature("key", key), self.load("beta", beta)
         self.weighted = torch.mul(self.k, self.b.unsqueeze(-1), out=self.like(self.k, "weighted"))
-        self.decay: _Decay | None = None
+        self.decay: Decay | None = None
         self.q_in, self.k_in, self.k_out = self.q, self.k, self.weighted
         if log_decay is not None:
             causal = torch.ones(plan.tile, plan.tile, dtype=torch.bool, device=key.device).tril_()
-            self.decay = _Decay(self.load("log_decay", log_decay), plan, causal)
+            self.decay = Decay(self.load("log_decay", log_decay), plan.period, plan.sees_own_tile, causal)
             self.k_in = torch.mul(self.k, self.decay.entering, out=self.like(self.k, "k_in"))
             self.k_out = torch.mul(self.weighted, self.decay.leaving, out=self.like(self.k, "k_out"))
             if self.decay.query is not None:
@@ -213,6 +166,22 @@ class _Inputs:
             out = self.scratch(name, self.segment.count, self.plan.tile, *x.shape[3:])
         self.plan.tiles.load(x, self.segment.steps, out.unflatten(0, (-1, self.plan.heads)))
         return out
+
+    def feature(self, name: str, x: Tensor) -> Tensor:
+        """What the fast weight sees of queries or keys."""
+        raw = self.load(name, x)
+        if not self.plan.features:
+            return raw
+        feature = self.like(raw, f"feature of {name}")
+        self._raw[name] = raw, unit_silu_of(raw, feature)
+        return feature
+
+    def feature_gradient(self, name: str, feature: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of queries or keys, in place of that of their features."""
+        if name in self._raw:
+            raw, inverse = self._raw[name]
+            unit_silu_gradient(grad, raw, feature, inverse)
+        return grad
 
     def like(self, x: Tensor, name: str) -> Tensor:
         return self.scratch(name, *x.shape)
@@ -324,13 +293,15 @@ def _backward_segment(
         grad_weighted.baddbmm_(grad_lower.mT, inputs.k)
     grad_k.addcmul_(grad_weighted, inputs.b.unsqueeze(-1))
     grad_b = grad_weighted.mul_(inputs.k).sum(-1)
+    grad_q = inputs.feature_gradient("query", inputs.q, grad_q)
+    grad_k = inputs.feature_gradient("key", inputs.k, grad_k)
     grads = {"query": grad_q, "key": grad_k, "value": grad_values, "beta": grad_b}
     return grads if decay is None else {**grads, "log_decay": decay.result()}
 
 
 def _backward_decay(
     inputs: _Inputs,
-    decay: _Decay,
+    decay: Decay,
     weights: Tensor | None,
     grad_q: Tensor,
     grad_k: Tensor,

@@ -23,6 +23,7 @@ from hqlt.ops.checks import (
     documents,
     state_dtype,
 )
+from hqlt.ops.features import unit_silu
 from hqlt.ops.precision import full_precision
 
 Write = Callable[..., Tensor]
@@ -54,6 +55,21 @@ def check_fast_weight(
     check_state(initial_state, (count, heads, key_dim, value.shape[-1] + extra_columns), query)
     check_chunk_size(chunk_size)
     return borders, check_reads(reads, period)
+
+
+def check_feature_map(feature_map: str | None) -> bool:
+    """Whether query and key are to be mapped."""
+    if feature_map not in (None, "unit_silu"):
+        raise ValueError(
+            f"feature_map={feature_map!r} is unknown; choose 'unit_silu', or None for query and key as given"
+        )
+    return feature_map is not None
+
+
+def featured(query: Tensor, key: Tensor, state: Tensor, features: bool) -> tuple[Tensor, Tensor]:
+    """Query and key in the state dtype, mapped if so asked."""
+    query, key = query.to(state.dtype), key.to(state.dtype)
+    return (unit_silu(query), unit_silu(key)) if features else (query, key)
 
 
 def first_state(initial_state: Tensor | None, query: Tensor, columns: int, borders: list[int] | None) -> Tensor:

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from hqlt.ops import delta_rule, gated_delta_rule
-from tests.helpers import assert_close, results
+from tests.helpers import assert_close, assert_same_results, results
 from tests.ops.fast_weight import FastWeightTests
 
 
@@ -61,3 +61,39 @@ def test_a_write_of_strength_zero_changes_nothing():
     state = torch.randn(1, 2, 6, 4)
     _, final = delta_rule(*tokens, torch.zeros(1, 9, 2), initial_state=state)
     assert torch.equal(final, state)
+
+
+def unit_silu_by_hand(x):
+    y = x / (1 + torch.exp(-x))
+    return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("period", [None, 5, 40])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_features_inside_are_features_outside(backend, packed, period, gated, monkeypatch):
+    monkeypatch.setattr("hqlt.ops.blocks.SEGMENT_BYTES", 1 << 12)
+    shape = (1 if packed else 2, 67, 2)
+    tensors = {
+        name: torch.randn(*shape, n, dtype=torch.float64) for name, n in (("query", 8), ("key", 8), ("value", 5))
+    }
+    tensors["beta"] = torch.rand(shape, dtype=torch.float64)
+    options = {} if period is None else {"reads": "chunk", "period": period}
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 3, 40, 67])
+    op = delta_rule
+    if gated:
+        op, tensors["log_decay"] = gated_delta_rule, -torch.rand(shape, dtype=torch.float64)
+
+    def outside(query, key, **x):
+        return op(unit_silu_by_hand(query), unit_silu_by_hand(key), **x, **options, backend="reference")
+
+    inside = results(lambda **x: op(**x, **options, feature_map="unit_silu", backend=backend), tensors)
+    assert_same_results(inside, results(outside, tensors))
+
+
+def test_unknown_feature_map():
+    tokens = [torch.randn(1, 4, 2, 3) for _ in range(3)]
+    with pytest.raises(ValueError, match="feature_map='elu' is unknown"):
+        delta_rule(*tokens, torch.rand(1, 4, 2), feature_map="elu")

@@ -2,17 +2,11 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from hqlt.ops import blend_norm, rms_norm, rotary, rotary_table, unit_silu
+from hqlt.ops import blend_norm, rms_norm, rotary, rotary_table
 from tests.helpers import assert_same_results, results
 
 SHAPE = (2, 13, 3, 6)
-
-
-def plain_unit_silu(x):
-    y = F.silu(x)
-    return y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def plain_rms_norm(x, weight):
@@ -36,7 +30,6 @@ def draw(*names: str, dtype: torch.dtype = torch.float64) -> dict[str, torch.Ten
 
 
 OPS = {
-    "unit_silu": (unit_silu, plain_unit_silu, ("x",)),
     "rms_norm": (lambda x, weight: rms_norm(x, weight, 0.01), plain_rms_norm, ("x", "weight")),
     "blend_norm": (
         lambda first, second, logit, weight: blend_norm(first, second, logit, weight, 0.01),

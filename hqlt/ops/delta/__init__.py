@@ -7,7 +7,7 @@ from torch import Tensor
 from hqlt.ops.backend import choose_backend
 from hqlt.ops.delta.chunked import delta_rule_chunked
 from hqlt.ops.delta.reference import delta_rule_reference
-from hqlt.ops.fast_weight import check_fast_weight
+from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 
 
 def delta_rule(
@@ -21,6 +21,7 @@ def delta_rule(
     cu_seqlens: Tensor | None = None,
     reads: str = "token",
     period: int | None = None,
+    feature_map: str | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,8 @@ def delta_rule(
         reads: ``token`` reads after the token's own write; ``chunk`` reads the state at the last multiple of
             ``period`` since the start of the document, so that no token sees its own chunk.
         period: tokens between the states that chunk reads see.
+        feature_map: ``unit_silu`` takes :func:`hqlt.ops.unit_silu` of query and key; None uses them as given. The
+            chunked form does so in the processor's cache, and stores neither.
         backend: ``reference`` (recurrence), ``chunked``, or ``auto`` (recurrence for T = 1, else chunked).
         chunk_size: tokens in a tile of the chunked form; changes a result by rounding only. None chooses by shape.
 
@@ -55,7 +58,9 @@ def delta_rule(
     borders, period = check_fast_weight(
         query, key, value, {"beta": beta}, initial_state, cu_seqlens, reads, period, chunk_size
     )
+    features = check_feature_map(feature_map)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rest = (scale, initial_state, borders, period)
     if choose_backend(backend, query.shape[1]) == "reference":
-        return delta_rule_reference(query, key, value, beta, scale, initial_state, borders, period)
-    return delta_rule_chunked(query, key, value, beta, None, scale, initial_state, borders, period, chunk_size)
+        return delta_rule_reference(query, key, value, beta, *rest, features)
+    return delta_rule_chunked(query, key, value, beta, None, *rest, chunk_size, features)

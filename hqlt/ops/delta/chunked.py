@@ -19,7 +19,8 @@ def delta_rule_chunked(
     borders: list[int] | None,
     period: int | None,
     chunk_size: int | None,
+    features: bool,
 ) -> tuple[Tensor, Tensor]:
     """Read [B, T, H, V] and final state [N, H, K, V]; ``log_decay`` None is the plain delta rule."""
     state = first_state(initial_state, query, value.shape[-1], borders)
-    return chunked(True, query, key, value, beta, log_decay, state, borders, period, chunk_size, scale)
+    return chunked(True, query, key, value, beta, log_decay, state, borders, period, chunk_size, scale, features)

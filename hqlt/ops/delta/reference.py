@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hqlt.ops.fast_weight import first_state, recurrence
+from hqlt.ops.fast_weight import featured, first_state, recurrence
 
 
 def write(state: Tensor, key: Tensor, value: Tensor, beta: Tensor) -> Tensor:
@@ -24,8 +24,10 @@ def delta_rule_reference(
     initial_state: Tensor | None,
     borders: list[int] | None,
     period: int | None,
+    features: bool,
 ) -> tuple[Tensor, Tensor]:
     """Read [B, T, H, V] and final state [N, H, K, V] of the token-by-token delta rule."""
     state = first_state(initial_state, query, value.shape[-1], borders)
-    read, state = recurrence(write, query.to(state.dtype) * scale, (key, value, beta), state, borders, period)
-    return read.to(query.dtype), state
+    query, key = featured(query, key, state, features)
+    read, state = recurrence(write, query * scale, (key, value, beta), state, borders, period)
+    return read.to(value.dtype), state

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hqlt.ops.backend import choose_backend
 from hqlt.ops.delta.chunked import delta_rule_chunked
-from hqlt.ops.fast_weight import check_fast_weight
+from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 from hqlt.ops.gated_delta.reference import gated_delta_rule_reference
 
 
@@ -22,6 +22,7 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None = None,
     reads: str = "token",
     period: int | None = None,
+    feature_map: str | None = None,
     backend: str = "auto",
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -32,8 +33,8 @@ def gated_delta_rule(
 
     Args:
         log_decay: g ≤ 0, [B, T, H]; 0 is no decay (the plain delta rule).
-        query, key, value, beta, scale, initial_state, cu_seqlens, reads, period, backend, chunk_size: as in
-            :func:`hqlt.ops.delta_rule`. A chunk read sees the state at the chunk's start, undecayed.
+        query, key, value, beta, scale, initial_state, cu_seqlens, reads, period, feature_map, backend, chunk_size: as
+            in :func:`hqlt.ops.delta_rule`. A chunk read sees the state at the chunk's start, undecayed.
 
     Returns:
         read [B, T, H, V] in the input dtype, and the final state [N, H, K, V] in the state dtype.
@@ -45,7 +46,9 @@ def gated_delta_rule(
     """
     gates = {"beta": beta, "log_decay": log_decay}
     borders, period = check_fast_weight(query, key, value, gates, initial_state, cu_seqlens, reads, period, chunk_size)
+    features = check_feature_map(feature_map)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rest = (scale, initial_state, borders, period)
     if choose_backend(backend, query.shape[1]) == "reference":
-        return gated_delta_rule_reference(query, key, value, beta, log_decay, scale, initial_state, borders, period)
-    return delta_rule_chunked(query, key, value, beta, log_decay, scale, initial_state, borders, period, chunk_size)
+        return gated_delta_rule_reference(query, key, value, beta, log_decay, *rest, features)
+    return delta_rule_chunked(query, key, value, beta, log_decay, *rest, chunk_size, features)

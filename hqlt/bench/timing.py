@@ -14,6 +14,7 @@ from tqdm import tqdm
 from hqlt.bench.record import Record
 
 GEMM_SIZE = 2048
+WARM_UP_RUNS, WARM_UP_SECONDS = 5, 5.0
 Run = Callable[[], object]
 
 
@@ -109,9 +110,9 @@ def _wrong(error: float | None, tolerance: float) -> bool:
 def _rounds(case: str, runs: dict[str, Run], repeats: int, seconds: float) -> dict[str, list[float]]:
     """Milliseconds of each run in each round, after a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    with tqdm(total=repeats, desc=case, leave=False, unit="round") as bar:
+    with tqdm(total=repeats, desc=case, leave=False, unit="round", disable=None) as bar:
         for run in runs.values():
-            run()
+            _warm_up(run)
         started = time.monotonic()
         for n in range(repeats):
             if n >= 3 and time.monotonic() - started > seconds:
@@ -122,6 +123,15 @@ def _rounds(case: str, runs: dict[str, Run], repeats: int, seconds: float) -> di
                 times[name].append(1e3 * (time.perf_counter() - begun))
             bar.update()
     return times
+
+
+def _warm_up(run: Run) -> None:
+    """Until memory has settled: a few runs, or seconds."""
+    started = time.monotonic()
+    for _ in range(WARM_UP_RUNS):
+        run()
+        if time.monotonic() - started > WARM_UP_SECONDS:
+            return
 
 
 def peak_bytes(run: Run) -> int:
@@ -141,5 +151,5 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     if actual.shape != expected.shape:
         return float("inf")
-    difference = (actual.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp_min(1e-30))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))

@@ -1,0 +1,110 @@
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import hqlt
+from hqlt import recipes
+from hqlt.allocator import keep_freed_memory
+from hqlt.bench import generate, layer, ops, suites, train
+from hqlt.cli import main
+from hqlt.models import Decoder
+from tests.helpers import assert_close
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(ops, "SHAPES", [(2, 70, 2, 8)])
+    monkeypatch.setattr("hqlt.bench.timing.GEMM_SIZE", 64)
+    monkeypatch.setattr("hqlt.bench.timing.WARM_UP_RUNS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+
+
+def run(suite: str, folder: Path, *options: str) -> list[dict]:
+    path = folder / "out.json"
+    assert main(["bench", suite, "--repeats", "2", "--output", str(path), *options]) == 0
+    content = json.loads(path.read_text())
+    assert content["machine"]["torch"] == torch.__version__
+    assert all("refused" not in record for record in content["records"])
+    return content["records"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_ops(tiny, tmp_path, capsys):
+    records = run("ops", tmp_path)
+    cases = {record["case"] for record in records}
+    assert any("gated delta rule B2 T70 H2 K=V=8, forward+backward" in case for case in cases)
+    assert any("window 64" in case for case in cases)
+    ours = [record for record in records if record["name"] == "hqlt"]
+    assert len(ours) == 6
+    assert all(record["error"] < 1e-4 and record["mebibytes"] > 0 for record in ours)
+    assert "| case" in capsys.readouterr().out
+
+
+def test_an_op_that_is_wrong_fails_the_command(tiny, tmp_path, monkeypatch, capsys):
+    right = ops.delta_rule
+
+    def wrong(*tokens, backend="auto"):
+        read, state = right(*tokens, backend=backend)
+        return (read if backend == "reference" else 1.01 * read), state
+
+    monkeypatch.setattr(ops, "delta_rule", wrong)
+    path = tmp_path / "out.json"
+    assert main(["bench", "ops", "--repeats", "2", "--output", str(path)]) == 1
+    refused = [record for record in json.loads(path.read_text())["records"] if "refused" in record]
+    assert {record["name"] for record in refused} == {"hqlt"}
+    assert "not timed: differs from the reference" in capsys.readouterr().out
+
+
+def test_layer_with_plot(tiny, tmp_path):
+    records = run("layer", tmp_path, "--lengths", "65", "130", "--plot", str(tmp_path / "cost.svg"))
+    assert [record["tokens"] for record in records if record["name"] == layer.CORE] == [65, 130]
+    assert (tmp_path / "cost.svg").read_text().startswith("<svg")
+
+
+def test_plain_core_is_the_core():
+    pytest.importorskip("transformers")
+    core = layer.make_core(128)
+    assert_close(layer.read_plain(core), layer.read_core(core), 1e-4)
+
+
+def test_train(tiny, tmp_path, monkeypatch):
+    text = recipes.quickstart_text()
+    small = functools.partial(recipes.replace, text, models={"HQLT": text.models["HQLT"]}, length=32)
+    monkeypatch.setattr(train, "quickstart_text", small)
+    single, low = run("train", tmp_path)
+    assert (single["name"], low["name"]) == ("float32", "bfloat16 autocast")
+    assert single["loss"] == pytest.approx(low["loss"], rel=0.02)
+    assert low["ratio"] > 0
+
+
+def test_generate_beside_another_checkout(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "Decoder", functools.partial(Decoder, compile=False))
+    monkeypatch.setattr(generate, "BLOCK", 2)
+    records = run("generate", tmp_path, "--other", str(Path(hqlt.__file__).parents[1]))
+    assert [record["name"] for record in records] == [generate.EAGER, generate.COMPILED, generate.OTHER]
+    assert all(record["error"] < 1e-4 for record in records)
+
+
+def test_generate_beside_something_else(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generate, "Decoder", functools.partial(Decoder, compile=False))
+    assert main(["bench", "generate", "--output", str(tmp_path / "x"), "--other", str(tmp_path)]) == 1
+    assert "is not a checkout of hqlt" in capsys.readouterr().err
+
+
+def test_keeping_freed_memory_is_a_choice(tiny, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(suites, "keep_freed_memory", lambda: asked.append(True) or True)
+    monkeypatch.setattr(ops, "SHAPES", [])
+    path = tmp_path / "out.json"
+    for options, expected in ((["--keep-freed-memory"], "kept in the process"), ([], "the allocator's defaults")):
+        main(["bench", "ops", "--repeats", "1", "--output", str(path), *options])
+        assert json.loads(path.read_text())["machine"]["memory"] == expected
+    assert asked == [True]
+
+
+def test_keep_freed_memory_says_whether_it_took_effect(monkeypatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("musl", "1"))
+    assert keep_freed_memory() is False
