@@ -18,7 +18,7 @@ FALLBACK = "transformers fallback"
 ATTENTION = "full causal attention (SDPA)"
 # B, T, H, K = V: the size of a layer of the paper's language models, formal languages, reinforcement learning.
 SHAPES = [(1, 2048, 8, 128), (64, 40, 4, 32), (64, 128, 4, 32), (64, 256, 4, 32), (64, 90, 2, 50)]
-WINDOW = 64
+WINDOW, WINDOW_SHAPE = 64, SHAPES[0]
 # Gradients are compared with those of the recurrence on this many tokens, outputs on all.
 CHECKED_LENGTH = 512
 
@@ -43,7 +43,7 @@ def bench_ops(repeats: int, seconds: float) -> Iterator[list[Record]]:
     for shape in SHAPES:
         for name in ("delta rule", "gated delta rule"):
             yield from _delta(name, shape, repeats, seconds)
-    yield from _window((1, 2048, 8, 128), repeats, seconds)
+    yield from _window(WINDOW_SHAPE, repeats, seconds)
 
 
 def _delta(name: str, shape: tuple[int, int, int, int], repeats: int, seconds: float) -> Iterator[list[Record]]:

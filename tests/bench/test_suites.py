@@ -8,7 +8,7 @@ import torch
 import hqlt
 from hqlt import recipes
 from hqlt.allocator import keep_freed_memory
-from hqlt.bench import generate, layer, ops, suites, train
+from hqlt.bench import Record, generate, layer, ops, suites, train
 from hqlt.cli import main
 from hqlt.models import Decoder
 from tests.helpers import assert_close
@@ -17,6 +17,7 @@ from tests.helpers import assert_close
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setattr(ops, "SHAPES", [(2, 70, 2, 8)])
+    monkeypatch.setattr(ops, "WINDOW_SHAPE", (2, 70, 2, 8))
     monkeypatch.setattr("hqlt.bench.timing.GEMM_SIZE", 64)
     monkeypatch.setattr("hqlt.bench.timing.WARM_UP_RUNS", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
@@ -97,7 +98,7 @@ def test_generate_beside_something_else(tiny, tmp_path, monkeypatch, capsys):
 def test_keeping_freed_memory_is_a_choice(tiny, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(suites, "keep_freed_memory", lambda: asked.append(True) or True)
-    monkeypatch.setattr(ops, "SHAPES", [])
+    monkeypatch.setattr(suites, "bench_ops", lambda *_: iter([[Record(case="a", name="b", milliseconds=1.0)]]))
     path = tmp_path / "out.json"
     for options, expected in ((["--keep-freed-memory"], "kept in the process"), ([], "the allocator's defaults")):
         main(["bench", "ops", "--repeats", "1", "--output", str(path), *options])
