@@ -50,8 +50,11 @@ class Scratch:
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         """The buffer of this name, with what it last held."""
-        size = math.prod(shape)
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.numel() < size:
-            buffer = self._buffers[name] = self.like.new_empty(size)
-        return buffer[:size].view(shape)
+        if buffer is not None and buffer.shape == shape:
+            return buffer
+        size = math.prod(shape)
+        if buffer is not None and buffer.numel() >= size:
+            return buffer.view(-1)[:size].view(shape)
+        buffer = self._buffers[name] = self.like.new_empty(shape)
+        return buffer

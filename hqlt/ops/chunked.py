@@ -128,6 +128,11 @@ class _Segment:
         """The part of a tensor over all tiles that belongs to this segment."""
         return x[self.start : self.start + self.count]
 
+    def steps_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The part of each step of a tensor over the segment's tiles."""
+        parts: tuple[Tensor, ...] = x.split([place.stop - place.start for place in self.places])
+        return parts
+
     def reads(self, unit: int) -> list[tuple[slice, slice]]:
         """Which queries read which states: those on entry to the first step of their unit."""
         if unit == 1:
@@ -217,16 +222,19 @@ def _forward_segment(
     if plan.correct:
         lower = inputs.lower(scratch("lower", segment.count, *square))
         inverse = room("inverse", square).copy_(unit_lower_inverse(lower))
-    for place in segment.places:
+    step_errors, step_starts, step_keys = map(segment.steps_of, (errors, starts, inputs.k_out.mT))
+    recalls = [segment.steps_of(x) for x in (values, inputs.k_in, inverse)] if plan.correct else []
+    wholes = None if inputs.decay is None else segment.steps_of(inputs.decay.whole)
+    for n, error in enumerate(step_errors):
         # Documents that have ended come last and keep their final state.
-        now = current[: place.stop - place.start]
-        starts[place] = now
-        if plan.correct:
-            residual = values[place].baddbmm_(inputs.k_in[place], now, alpha=-1)
-            torch.bmm(inverse[place], residual, out=errors[place])
-        if inputs.decay is not None:
-            now.mul_(inputs.decay.whole[place])
-        now.baddbmm_(inputs.k_out[place].mT, errors[place])
+        now = current[: error.shape[0]]
+        step_starts[n].copy_(now)
+        if recalls:
+            value_in, key_in, solve = (x[n] for x in recalls)
+            torch.bmm(solve, value_in.baddbmm_(key_in, now, alpha=-1), out=error)
+        if wholes is not None:
+            now.mul_(wholes[n])
+        now.baddbmm_(step_keys[n], error)
     reads = scratch("reads", segment.count, *rows)
     for place, source in segment.reads(plan.unit):
         torch.bmm(inputs.q_in[place], starts[source], out=reads[place])
@@ -254,19 +262,27 @@ def _backward_segment(
     grad_k_out = inputs.like(inputs.k, "grad_k_out")
     grad_whole = grad_state.new_empty(segment.count)
     pending = torch.zeros_like(grad_state) if plan.unit > 1 else None
-    for step, place in reversed(list(enumerate(segment.places))):
-        now = grad_state[: place.stop - place.start]
-        torch.bmm(errors[place], now.mT, out=grad_k_out[place])
-        grad_errors[place].baddbmm_(inputs.k_out[place], now)
-        if decay is not None:
-            dot = torch.bmm(now.flatten(1).unsqueeze(1), starts[place].flatten(1).unsqueeze(2))
-            grad_whole[place] = (dot * decay.whole[place]).flatten()
-            now.mul_(decay.whole[place])
-        if inverse is not None:
-            torch.bmm(inverse[place].mT, grad_errors[place], out=grad_values[place])
-            now.baddbmm_(inputs.k_in[place].mT, grad_values[place], alpha=-1)
+    of_steps = segment.steps_of
+    writes = [of_steps(x) for x in (errors, grad_k_out, grad_errors, inputs.k_out)]
+    solves = [] if inverse is None else [of_steps(x) for x in (inverse.mT, grad_values, inputs.k_in.mT)]
+    decays = [] if decay is None else [of_steps(x) for x in (starts, grad_whole, decay.whole)]
+    queries, upper = of_steps(inputs.q_in.mT), of_steps(grad_reads)
+    for step in reversed(range(len(segment.places))):
+        error, to_key, to_error, key = (x[step] for x in writes)
+        now = grad_state[: error.shape[0]]
+        torch.bmm(error, now.mT, out=to_key)
+        to_error.baddbmm_(key, now)
+        if decays:
+            start, to_whole, whole = (x[step] for x in decays)
+            dot = torch.bmm(now.flatten(1).unsqueeze(1), start.flatten(1).unsqueeze(2))
+            to_whole.copy_((dot * whole).flatten())
+            now.mul_(whole)
+        if solves:
+            solve, to_value, key_in = (x[step] for x in solves)
+            torch.bmm(solve, to_error, out=to_value)
+            now.baddbmm_(key_in, to_value, alpha=-1)
         target = now if pending is None else pending[: now.shape[0]]
-        target.baddbmm_(inputs.q_in[place].mT, grad_reads[place])
+        target.baddbmm_(queries[step], upper[step])
         if pending is not None and step % plan.unit == 0:
             now.add_(target)
             pending.zero_()
