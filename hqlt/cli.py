@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit status: 0 done, 1 failed, 130 interrupted (progress saved)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
+    options.arguments = arguments
     from hqlt.training.loop import Interrupted
 
     try:
@@ -18,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command to go on", file=sys.stderr)
+        print("\ninterrupted; what was finished is saved", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"hqlt: {error}", file=sys.stderr)
@@ -64,10 +67,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument("--output", type=Path, help="JSON file (default: runs/bench/SUITE.json)")
     command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate 40)")
     command.add_argument(
-        "--seconds", type=_count, default=60, help="ops, layer: no round begins after this, but three are run (60)"
+        "--seconds", type=_count, help="ops, layer: no round begins after this, but three are run (default: 60)"
     )
     command.add_argument("--threads", type=_workers, help="of torch (default: its own choice)")
-    command.add_argument("--keep-freed-memory", action="store_true", help="keep freed memory in the process (glibc)")
+    command.add_argument(
+        "--keep-freed-memory", dest="keep_memory", action="store_true", help="keep freed memory in the process (glibc)"
+    )
     command.add_argument("--lengths", type=_count, nargs="+", help="layer: sequence lengths (2048 4096 8192 16384)")
     command.add_argument("--plot", type=Path, help="layer: SVG file of cost against length")
     command.add_argument("--other", type=Path, help="generate: another checkout of hqlt to measure in the same rounds")
@@ -84,7 +89,8 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _bench(options: argparse.Namespace) -> int:
     from hqlt.bench.suites import bench
 
-    return 0 if bench(**{name: x for name, x in vars(options).items() if name != "run"}) else 1
+    given = {name: x for name, x in vars(options).items() if name not in ("run", "arguments")}
+    return 0 if bench(**given, command=shlex.join(["hqlt", *options.arguments])) else 1
 
 
 def _count(text: str) -> int:

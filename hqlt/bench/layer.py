@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hqlt.bench.ops import ATTENTION, CHECKED_LENGTH, attention_contender, transformers_fallback
 from hqlt.bench.record import Record
-from hqlt.bench.timing import Contender, contest, relative_error
+from hqlt.bench.timing import Contender, contest, relative_error, worst
 from hqlt.config import MemoryConfig
 from hqlt.files import write_text
 from hqlt.layers import HybridMemory
@@ -91,10 +91,12 @@ def _plain_window(query: Tensor, key: Tensor, value: Tensor, window: int) -> Ten
     tiles = query.unflatten(1, (count, window)).transpose(2, 3)
     keys, values = (F.pad(x, (0, 0, 0, 0, window, 0)).unfold(1, 2 * window, window).mT for x in (key, value))
     position = torch.arange(window, 2 * window)[:, None] - torch.arange(2 * window)[None, :]
-    visible = ((position >= 0) & (position < window)).repeat(count, 1, 1)
-    visible[0, :, :window] = False
-    read = F.scaled_dot_product_attention(tiles, keys, values, attn_mask=visible[None, :, None])
-    return read.transpose(2, 3).flatten(1, 2)
+    visible = ((position >= 0) & (position < window)).repeat(query.shape[0], count, 1, 1)
+    visible[:, 0, :, :window] = False
+    tiles, keys, values = (x.flatten(0, 1) for x in (tiles, keys, values))
+    read = F.scaled_dot_product_attention(tiles, keys, values, attn_mask=visible.flatten(0, 1)[:, None])
+    tiled: Tensor = read.unflatten(0, (-1, count)).transpose(2, 3)
+    return tiled.flatten(1, 2)
 
 
 def bench_layer(lengths: tuple[int, ...], repeats: int, seconds: float) -> Iterator[list[Record]]:
@@ -128,7 +130,7 @@ def _contender(name: str, read: Read, length: int) -> Contender:
         reference.load_state_dict(own.state_dict())
         upstream = torch.randn(1, size, CONFIG.hidden_size)
         found, expected = (_outcome(f, c, upstream) for f, c in ((read, own), (read_core, reference)))
-        return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+        return worst([relative_error(a, b) for a, b in zip(found, expected, strict=True)])
 
     return Contender(name, run, error)
 

@@ -102,10 +102,18 @@ def save(path: Path, command: str, records: list[Record], **settings: Any) -> No
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def has_bfloat16() -> str:
+    """Whether the processor multiplies bfloat16: yes, no, or unknown."""
+    flags = _cpuinfo("flags") or _cpuinfo("Features")
+    return "unknown" if not flags else "yes" if "bf16" in flags else "no"
+
+
 def _processor() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(name: str) -> str:
+    """The first value of this name that Linux reports, or nothing."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +12,10 @@ from hqlt.allocator import keep_freed_memory
 from hqlt.bench.generate import bench_generate
 from hqlt.bench.layer import LENGTHS, bench_layer, plot_cost
 from hqlt.bench.ops import bench_ops, transformers_fallback
-from hqlt.bench.record import Record, machine, markdown, save
+from hqlt.bench.record import Record, has_bfloat16, machine, markdown, save
 from hqlt.bench.train import bench_train
 
+SECONDS = 60.0
 REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40}
 
 
@@ -24,12 +24,13 @@ def bench(
     *,
     output: Path | None = None,
     repeats: int | None = None,
-    seconds: float = 60.0,
+    seconds: float | None = None,
     threads: int | None = None,
     lengths: list[int] | None = None,
     plot: Path | None = None,
     other: Path | None = None,
-    **allocator: bool,
+    keep_memory: bool = False,
+    command: str = "",
 ) -> bool:
     """Run a suite, print its table and write its JSON; whether every implementation agreed with the reference.
 
@@ -39,24 +40,34 @@ def bench(
         repeats, seconds: as in :func:`hqlt.bench.contest`.
         threads: of torch.
         lengths, plot: of ``layer``. other: of ``generate``.
-        allocator: ``keep_freed_memory``, see :func:`hqlt.allocator.keep_freed_memory`.
+        keep_memory: whether to call :func:`hqlt.allocator.keep_freed_memory`.
+        command: written beside the numbers.
+
+    Raises:
+        ValueError: an option that the suite does not have, or freed memory cannot be kept on this system.
     """
+    owners = {"seconds": ("ops", "layer"), "lengths": ("layer",), "plot": ("layer",), "other": ("generate",)}
+    given = {"seconds": seconds, "lengths": lengths, "plot": plot, "other": other}
+    for name, suites_of_option in owners.items():
+        if given[name] is not None and suite not in suites_of_option:
+            raise ValueError(f"--{name} belongs to {' and '.join(suites_of_option)}, not to {suite}; leave it out")
     if threads is not None:
         torch.set_num_threads(threads)
-    kept = allocator.get("keep_freed_memory", False) and keep_freed_memory()
+    if keep_memory and not keep_freed_memory():
+        raise ValueError("freed memory can be kept with glibc only; leave out --keep-freed-memory on this system")
+    limit = seconds or SECONDS
     rounds, path = repeats or REPEATS[suite], output or Path("runs") / "bench" / f"{suite}.json"
-    settings = {"memory": "kept in the process" if kept else "the allocator's defaults"}
+    settings = {"memory": "kept in the process" if keep_memory else "the allocator's defaults"}
     if suite in ("ops", "layer") and transformers_fallback() is None:
-        print("transformers is not installed: its fallback is left out (pip install 'hqlt[bench]')", file=sys.stderr)
+        print("transformers' fallback is left out; to compare with it: pip install 'hqlt[bench]'", file=sys.stderr)
     if suite == "train":
-        settings["bfloat16 instructions"] = str(bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        settings["bfloat16 instructions"] = has_bfloat16()
     suites: dict[str, Iterator[list[Record]]] = {
-        "ops": bench_ops(rounds, seconds),
-        "layer": bench_layer(tuple(lengths or LENGTHS), rounds, seconds),
+        "ops": bench_ops(rounds, limit),
+        "layer": bench_layer(tuple(lengths or LENGTHS), rounds, limit),
         "train": bench_train(rounds),
         "generate": bench_generate(rounds, other),
     }
-    command = shlex.join(["hqlt", *sys.argv[1:]])
     records: list[Record] = []
     for found in suites[suite]:
         records += found

@@ -147,6 +147,11 @@ def peak_bytes(run: Run) -> int:
     return peak
 
 
+def worst(errors: list[float]) -> float:
+    """The largest error; not-a-number if one is."""
+    return float(torch.tensor(errors).max())
+
+
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over the largest expected magnitude."""
     if actual.shape != expected.shape:

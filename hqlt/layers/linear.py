@@ -15,7 +15,8 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] → [..., D']."""
         weight, bias = self.weight, self.bias
-        if x.numel() != weight.shape[1] or not _is_plain(x) or needs_grad(x, weight, bias):
+        one_token = x.shape[-1:] == weight.shape[1:] and x.numel() == weight.shape[1]
+        if not one_token or not _is_plain(x) or needs_grad(x, weight, bias):
             return F.linear(x, weight, bias)
         y = _row_product(x.reshape(1, -1), weight)
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)

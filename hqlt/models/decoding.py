@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import count
-from types import CodeType, FunctionType, MethodType
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,30 @@ from torch import Tensor
 from hqlt.layers.fixed import FixedSegments, FixedSpan
 from hqlt.layers.fw_memory import write_chunk
 from hqlt.layers.hybrid_memory import HybridMemory
+from hqlt.layers.schedule import Schedule
 from hqlt.layers.state import PER_TOKEN, MemoryState, ModelState
 from hqlt.models.language_model import LanguageModel
+from hqlt.ops.checks import state_dtype
 
 Buffers = list[dict[str, Tensor]]
+Spans = dict[Schedule, FixedSpan]
+Step = Callable[[Tensor, Tensor, Buffers], tuple[Tensor, Buffers]]
 _SERIAL = count()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a compiled step depends on beside its model."""
+
+    dtype: torch.dtype
+    device: torch.device
+    documents: int
+    threads: int
+
+    def convert(self, name: str, x: Tensor) -> Tensor:
+        """A part of a state as the step makes it."""
+        dtype = state_dtype(self.dtype) if name in ("fast_weight", "log_decay") else self.dtype
+        return x.to(self.device, dtype).contiguous()
 
 
 class Decoder:
@@ -41,49 +61,61 @@ class Decoder:
             ValueError: a KV memory without a window, whose buffers would have to grow.
         """
         self.model = model
+        self.loads = 0
         self._memories: list[HybridMemory] = [block.memory for block in model.blocks]  # type: ignore[misc]
         self._compile = compile
-        self._kind: tuple[object, ...] | None = None
+        self._prepared: dict[_Kind, tuple[Spans, Step]] = {}
+        self._kind: _Kind | None = None
+        self._spans: Spans = {memory.schedule: FixedSpan(memory.schedule) for memory in self._memories}
+        self._step: Step = self._advance
         self._buffers: Buffers = []
         self._position = torch.zeros(0, dtype=torch.long)
-        self._prepare()
-
-    def _prepare(self) -> None:
-        self._spans = {memory.schedule: FixedSpan(memory.schedule) for memory in self._memories}
-        for memory in self._memories:
-            if memory.config.kv_memory and memory.config.position_encoding == "rope":
-                like = memory.query_proj.weight.new_empty(0, memory.config.num_heads, memory.config.key_dim)
-                self._spans[memory.schedule].rotary_angles(memory.config.rope_base, like)
-        self._step: Callable[[Tensor, Tensor, Buffers], tuple[Tensor, Buffers]] = self._advance
-        if self._compile:
-            # The compiler keeps its results with the code, and looks for the right one by checks that take as long as
-            # a layer. A copy of the code for every combination of what it depends on needs no checks.
-            copy = FunctionType(_advance_code(), globals())
-            self._step = torch.compile(
-                MethodType(copy, self),
-                dynamic=False,
-                fullgraph=True,
-                options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
-            )
 
     def load(self, state: ModelState) -> None:
-        """Continue from this state: what a call of the model returned."""
+        """Continue from this state: what a call of the model returned. ``loads`` counts the calls.
+
+        Raises:
+            ValueError: the model is in training mode, or the state belongs to another configuration.
+        """
         if self.model.training:
             raise ValueError("the model is in training mode; call model.eval() before decoding")
         if len(state.layers) != len(self._memories):
             raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self._memories)}")
+        weight = self.model.head.weight
+        kind = _Kind(weight.dtype, weight.device, state.batch_size, torch.get_num_threads())
         buffers = []
         for memory, layer in zip(self._memories, state.layers, strict=True):
             memory.check_state(layer)
             size = self._spans[memory.schedule].size
-            buffers.append({name: _aligned(x, layer.held, size) if name in PER_TOKEN else x.contiguous()
-                            for name, x in layer.tensors().items() if name not in ("position", "held")})  # fmt: skip
-        self._buffers, self._position = buffers, state.position.clone()
-        weight = self.model.head.weight
-        kind = (weight.dtype, weight.device, state.batch_size, torch.get_num_threads())
-        if kind != self._kind:
-            self._prepare()
-            self._kind = kind
+            parts = {name: kind.convert(name, x) for name, x in _parts(layer).items()}
+            aligned = {name: _aligned(x, layer.held, size) for name, x in parts.items() if name in PER_TOKEN}
+            buffers.append({**parts, **aligned})
+        if kind not in self._prepared:
+            self._prepared[kind] = self._prepare(weight)
+        self._spans, self._step = self._prepared[kind]
+        self._kind, self._buffers, self._position = kind, buffers, state.position.clone()
+        self.loads += 1
+
+    def _prepare(self, weight: Tensor) -> tuple[Spans, Step]:
+        """Spans with the rotary angles for weights of this dtype and device, and the step for them."""
+        spans = {memory.schedule: FixedSpan(memory.schedule) for memory in self._memories}
+        for memory in self._memories:
+            config = memory.config
+            if config.kv_memory and config.position_encoding == "rope":
+                like = weight.new_empty(0, config.num_heads, config.key_dim)
+                spans[memory.schedule].rotary_angles(config.rope_base, like)
+        if not self._compile:
+            return spans, self._advance
+        # The compiler keeps its results with the code, and looks for the right one by checks that take as long as a
+        # layer. A copy of the code for every combination of what it depends on needs no checks.
+        code = Decoder._advance.__code__.replace(co_name=f"decoder_step_{next(_SERIAL)}")
+        step = torch.compile(
+            MethodType(FunctionType(code, globals()), self),
+            dynamic=False,
+            fullgraph=True,
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+        )
+        return spans, step
 
     @property
     def state(self) -> ModelState:
@@ -97,23 +129,31 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """Logits [N, V] of the token after ``input_ids`` [N]."""
-        if not self._buffers:
+        """Logits [N, V] of the token after ``input_ids`` [N].
+
+        Raises:
+            ValueError: no state, ids that do not fit it, an autocast block, or a model converted since :meth:`load`.
+            RuntimeError: the step has to be compiled and there is no C++ compiler.
+        """
+        if self._kind is None:
             raise ValueError("the decoder has no state yet: call load(state) with what the model returned for a prompt")
         if input_ids.shape != self._position.shape:
             raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}; expected {tuple(self._position.shape)}")
         self.model.check_ids(input_ids[:, None])
-        device = self.model.head.weight.device
-        position = self._position.to(device)
+        weight, device = self.model.head.weight, self._kind.device
+        if (weight.dtype, weight.device) != (self._kind.dtype, device) or self.model.training:
+            raise ValueError("the model was converted or put in training mode since load(); call load(state) again")
+        if torch.is_autocast_enabled(device.type):
+            raise ValueError("a decoder keeps the dtype of the weights: leave the autocast block or convert the model")
+        # The compiled step relies on dtype and layout of what it is given.
+        input_ids = input_ids.to(device, torch.long).contiguous()
         try:
-            logits, self._buffers = self._step(input_ids, position, self._buffers)
+            logits, self._buffers = self._step(input_ids, self._position.to(device), self._buffers)
         except Exception as error:
-            if "InvalidCxxCompiler" in repr(error) or "InvalidCxxCompiler" in repr(error.__cause__):
-                message = (
-                    "compiling the decoding step needs a C++ compiler: install g++ or clang, or pass compile=False"
-                )
-                raise RuntimeError(message) from error
-            raise
+            if not no_compiler(error):
+                raise
+            message = "compiling the decoding step needs a C++ compiler: install g++ or clang, or pass compile=False"
+            raise RuntimeError(message) from error
         self._position = self._position + 1
         self._write_chunks()
         return logits
@@ -122,11 +162,7 @@ class Decoder:
         state = ModelState(tuple(MemoryState(position=position, held=position, **parts) for parts in buffers))
         segments = FixedSegments(position, self._spans)
         hidden, state = self.model.advance(self.model.embedding(input_ids[:, None]), state, segments)
-        after = [
-            {name: x for name, x in layer.tensors().items() if name not in ("position", "held")}
-            for layer in state.layers
-        ]
-        return self.model.head(hidden)[:, 0], after
+        return self.model.head(hidden)[:, 0], [_parts(layer) for layer in state.layers]
 
     def _write_chunks(self) -> None:
         """Delayed-Chunk: write the chunks that the last token has completed."""
@@ -145,8 +181,14 @@ class Decoder:
                 )
 
 
-def _advance_code() -> CodeType:
-    return Decoder._advance.__code__.replace(co_name=f"decoder_step_{next(_SERIAL)}")
+def no_compiler(error: BaseException | None) -> bool:
+    """Whether an error, or its cause, says that there is no C++ compiler."""
+    return error is not None and ("InvalidCxxCompiler" in repr(error) or no_compiler(error.__cause__))
+
+
+def _parts(layer: MemoryState) -> dict[str, Tensor]:
+    """The tensors of a state that live with the weights."""
+    return {name: x for name, x in layer.tensors().items() if name not in ("position", "held")}
 
 
 def _aligned(x: Tensor, held: Tensor, size: int) -> Tensor:

@@ -34,11 +34,13 @@ def generate(
         top_p: sample from the smallest set of tokens with at least this probability, in (0, 1].
         seed: of the sampling.
         state: of the text before the prompt.
-        decoder: of this model, for the tokens after the prompt; compiled, it is several times faster per token.
+        decoder: of this model, for the tokens after the prompt; compiled, it is several times faster per token. It
+            serves one text at a time.
 
     Raises:
-        ValueError: an empty prompt, a negative or infinite temperature, a negative count, top_p outside (0, 1], or a
-            decoder of another model.
+        ValueError: an empty prompt, a negative or infinite temperature, a negative count, top_p outside (0, 1], a
+            decoder of another model, or one whose model is in training mode.
+        RuntimeError: the decoder was given to another text meanwhile.
     """
     if prompt.dim() != 1 or prompt.numel() == 0:
         raise ValueError(f"the prompt has shape {tuple(prompt.shape)}; expected [T] with at least one token")
@@ -48,6 +50,8 @@ def generate(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 0")
     if decoder is not None and decoder.model is not model:
         raise ValueError("the decoder belongs to another model; make one of this model")
+    if decoder is not None and model.training:
+        raise ValueError("the model is in training mode; call model.eval() before decoding")
     return _generate(model, prompt, max_new_tokens, temperature, top_p, seed, state, decoder)
 
 
@@ -63,15 +67,19 @@ def _generate(
     decoder: Decoder | None,
 ) -> Iterator[int]:
     generator = torch.Generator(prompt.device).manual_seed(seed)
+    mine = 0
     for n in range(max_new_tokens):
         if n == 0 or decoder is None:
             logits, state = model(prompt[None], state)
+        elif decoder.loads != mine:
+            raise RuntimeError("the decoder was given to another text meanwhile; use one decoder for each")
         else:
             logits = decoder(prompt)[None]
         prompt = _sample(logits[0, -1], temperature, top_p, generator).view(1)
         yield int(prompt)
         if n == 0 and decoder is not None and state is not None:
             decoder.load(state)
+            mine = decoder.loads
 
 
 def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:

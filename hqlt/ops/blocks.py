@@ -20,8 +20,8 @@ def rows_per_segment(row_bytes: int, device: torch.device) -> int:
 def token_blocks(x: Tensor) -> list[slice]:
     """Spans of tokens of x [B, T, …] to work on at a time."""
     length = x.shape[1]
-    if length == 1:
-        return [slice(0, 1)]
+    if length == 1 or x.numel() == 0:
+        return [slice(0, length)]
     size = rows_per_segment(x.numel() // length * x.element_size(), x.device)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 

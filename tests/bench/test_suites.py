@@ -10,6 +10,7 @@ from hqlt import recipes
 from hqlt.allocator import keep_freed_memory
 from hqlt.bench import Record, generate, layer, ops, suites, train
 from hqlt.cli import main
+from hqlt.layers import update_rules
 from hqlt.models import Decoder
 from tests.helpers import assert_close
 
@@ -28,6 +29,7 @@ def run(suite: str, folder: Path, *options: str) -> list[dict]:
     assert main(["bench", suite, "--repeats", "2", "--output", str(path), *options]) == 0
     content = json.loads(path.read_text())
     assert content["machine"]["torch"] == torch.__version__
+    assert content["command"].startswith(f"hqlt bench {suite} --repeats 2")
     assert all("refused" not in record for record in content["records"])
     return content["records"]
 
@@ -57,6 +59,52 @@ def test_an_op_that_is_wrong_fails_the_command(tiny, tmp_path, monkeypatch, caps
     refused = [record for record in json.loads(path.read_text())["records"] if "refused" in record]
     assert {record["name"] for record in refused} == {"hqlt"}
     assert "not timed: differs from the reference" in capsys.readouterr().out
+
+
+def test_a_gradient_that_is_not_a_number_fails_the_command(tiny, tmp_path, monkeypatch):
+    right = ops.window_attention
+
+    def wrong(query, key, value, *, window, backend="auto"):
+        if backend == "auto" and key.requires_grad:
+            key = key * 1
+            key.register_hook(lambda grad: grad * float("nan"))
+        return right(query, key, value, window=window, backend=backend)
+
+    monkeypatch.setattr(ops, "window_attention", wrong)
+    path = tmp_path / "out.json"
+    assert main(["bench", "ops", "--repeats", "2", "--output", str(path)]) == 1
+    refused = [record["case"] for record in json.loads(path.read_text())["records"] if "refused" in record]
+    assert refused == ["window 64 B2 T70 H2 K=V=8, forward+backward"]
+
+
+def test_a_training_step_that_is_wrong_fails_the_command(tiny, tmp_path, monkeypatch):
+    text = recipes.quickstart_text()
+    small = functools.partial(recipes.replace, text, models={"HQLT": text.models["HQLT"]}, length=70)
+    monkeypatch.setattr(train, "quickstart_text", small)
+    right = update_rules.delta_rule
+
+    def wrong(*tokens, backend="auto", **options):
+        read, state = right(*tokens, backend=backend, **options)
+        return (read if backend == "reference" else 1.1 * read), state
+
+    monkeypatch.setattr(update_rules, "delta_rule", wrong)
+    path = tmp_path / "out.json"
+    assert main(["bench", "train", "--repeats", "2", "--output", str(path)]) == 1
+    assert "refused" in json.loads(path.read_text())["records"][0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ops", "--plot", "x.svg"],
+        ["generate", "--lengths", "64"],
+        ["layer", "--other", "."],
+        ["train", "--seconds", "3"],
+    ],
+)
+def test_an_option_of_another_suite_is_an_error(arguments, capsys):
+    assert main(["bench", *arguments]) == 1
+    assert f"{arguments[1]} belongs to" in capsys.readouterr().err
 
 
 def test_layer_with_plot(tiny, tmp_path):
@@ -89,6 +137,17 @@ def test_generate_beside_another_checkout(tiny, tmp_path, monkeypatch):
     assert all(record["error"] < 1e-4 for record in records)
 
 
+def test_generate_without_a_compiler_leaves_the_compiled_step_out(tiny, tmp_path, monkeypatch, capsys):
+    class Uncompiled(Decoder):
+        def __call__(self, input_ids):
+            raise RuntimeError("compiling needs a compiler") from RuntimeError("InvalidCxxCompiler")
+
+    monkeypatch.setattr(generate, "Decoder", Uncompiled)
+    monkeypatch.setattr(generate, "BLOCK", 2)
+    assert [record["name"] for record in run("generate", tmp_path)] == [generate.EAGER]
+    assert "left out" in capsys.readouterr().err
+
+
 def test_generate_beside_something_else(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "Decoder", functools.partial(Decoder, compile=False))
     assert main(["bench", "generate", "--output", str(tmp_path / "x"), "--other", str(tmp_path)]) == 1
@@ -104,6 +163,8 @@ def test_keeping_freed_memory_is_a_choice(tiny, tmp_path, monkeypatch):
         main(["bench", "ops", "--repeats", "1", "--output", str(path), *options])
         assert json.loads(path.read_text())["machine"]["memory"] == expected
     assert asked == [True]
+    monkeypatch.setattr(suites, "keep_freed_memory", lambda: False)
+    assert main(["bench", "ops", "--keep-freed-memory"]) == 1
 
 
 def test_keep_freed_memory_says_whether_it_took_effect(monkeypatch):

@@ -1,10 +1,11 @@
 import json
+import math
 
 import pytest
 import torch
 
 from hqlt.bench import Contender, Record, contest, markdown, save
-from hqlt.bench.timing import peak_bytes, relative_error
+from hqlt.bench.timing import peak_bytes, relative_error, worst
 
 
 def sleeper(calls: list[str], name: str):
@@ -69,6 +70,11 @@ def test_peak_memory_counts_what_lives_at_a_time():
             del y
 
     assert peak_bytes(run) == pytest.approx(2 * (4 << 20), rel=0.01)
+
+
+def test_worst_error_is_not_a_number_if_one_is():
+    assert worst([1e-6, 3e-6, 2e-6]) == pytest.approx(3e-6)
+    assert math.isnan(worst([1e-6, float("nan"), 1e-7]))
 
 
 def test_relative_error():

@@ -111,6 +111,51 @@ def test_generation_with_a_decoder():
         generate(make_model({}), prompt, 3, decoder=decoder)
 
 
+@torch.no_grad()
+def test_states_and_ids_of_other_types():
+    model = make_model({"schedule": "delayed_chunk", "update_rule": "gated_delta"}).float()
+    ids, _ = ragged_prompt(model, [6, 6])
+    with torch.autocast("cpu", torch.bfloat16):
+        _, low = model(ids)
+    assert low.layers[0].key.dtype == torch.bfloat16
+    decoder = Decoder(model, compile=False)
+    decoder.load(low)
+    expected, _ = model(ids[:, :1], low)
+    assert_close(decoder(ids[:, 0].int()), expected[:, 0], 1e-5)
+    before = {name: x.dtype for name, x in decoder.state.layers[1].tensors().items()}
+    decoder(ids[:, 1])
+    assert {name: x.dtype for name, x in decoder.state.layers[1].tensors().items()} == before
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        decoder(ids[:, 0])
+    model.double()
+    with pytest.raises(ValueError, match="converted"):
+        decoder(ids[:, 0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@torch.no_grad()
+def test_other_backends(backend):
+    model = make_model({"backend": backend})
+    _, state = ragged_prompt(model, [4])
+    decoder = Decoder(model, compile=False)
+    decoder.load(state)
+    ids = torch.tensor([3])
+    assert_close(decoder(ids), model(ids[:, None], state)[0][:, 0])
+
+
+def test_texts_do_not_mix():
+    model = make_model({})
+    decoder = Decoder(model, compile=False)
+    first, second = (generate(model, torch.tensor([1, n]), 5, decoder=decoder) for n in (2, 3))
+    for text in (first, first, second, second):
+        next(text)
+    with pytest.raises(RuntimeError, match="another text"):
+        next(first)
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        generate(model, torch.tensor([1]), 5, decoder=decoder)
+
+
 def test_clear_errors():
     with pytest.raises(ValueError, match="window=None"):
         Decoder(make_model({"window": None}))
@@ -155,6 +200,8 @@ def test_linear_is_the_linear_of_torch(shape, dtype, bias):
     expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
     assert_close(layer(x), expected)
     with torch.no_grad():
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(2, 3, dtype=dtype))
         assert_close(layer(x), expected, 1e-6 if dtype == torch.float32 else EXACT)
         half, expected = layer.bfloat16()(x.bfloat16()), expected.float()
         assert half.dtype == torch.bfloat16

@@ -366,3 +366,16 @@ def test_a_model_takes_a_configuration():
         LanguageModel(MemoryConfig())
     with pytest.raises(ValueError, match=r"x has shape \(2, 5, 7\); expected \[B, T, D\] with D = 100"):
         SequenceModel(GPT2)(torch.ones(2, 5, 7))
+
+
+def test_a_batch_of_pads_changes_nothing():
+    model = small_model()
+    nothing = torch.zeros(2, 5)
+    logits, state = model(ids(2, 5), attention_mask=nothing)
+    assert logits.shape == (2, 5, VOCABULARY)
+    assert state.position.tolist() == [0, 0]
+    _, before = model(ids(2, 7))
+    _, after = model(ids(2, 5), before, attention_mask=nothing)
+    for mine, theirs in zip(after.layers, before.layers, strict=True):
+        for name, part in theirs.tensors().items():
+            assert torch.equal(mine.tensors()[name], part), name

@@ -12,6 +12,8 @@ from hqlt.ops.window.band import band_attention
 
 # Beyond this window the weights that the band form keeps take more memory than they save time.
 BAND_LIMIT = 256
+# The band form computes in at least float32; a device is faster in half precision by its own kernel.
+BAND_DTYPES = (torch.float32, torch.float64)
 DEFAULT_TILE = 64
 
 
@@ -72,14 +74,16 @@ def _rows(
     elif window is not None and past >= window:
         first = past - window + 1
         key, value, past = key[:, first:], value[:, first:], window - 1
-    if window is None or past + length <= max(window, chunk_size or DEFAULT_TILE):
+    few = bool(past) and length <= (window or 0)
+    if window is None or few or past + length <= max(window, chunk_size or DEFAULT_TILE):
         # A single tile: one masked product. A window that is not exceeded needs no mask beyond the causal one.
         reach = window if window is not None and past + length > window else None
         mask = None
         if length > 1 and (past or reach is not None):
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
-    if not anchored and not dropout and window <= BAND_LIMIT:
+    narrow = query.device.type == "cpu" or query.dtype in BAND_DTYPES
+    if not anchored and not dropout and window <= BAND_LIMIT and narrow:
         return band_attention(query, key, value, window, scale, _band_tile(length, window, chunk_size))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)
     count = -(-(past + length if anchored else length) // tile)
