@@ -100,7 +100,10 @@ def test_a_mistake_in_the_program_is_not_hidden(monkeypatch):
 
 @pytest.mark.parametrize(
     ("stop", "message"),
-    [(Interrupted("stopped; run the same command"), "stopped; run the same command"), (KeyboardInterrupt(), "go on")],
+    [
+        (Interrupted("stopped; run the same command"), "stopped; run the same command"),
+        (KeyboardInterrupt(), "what was finished is saved"),
+    ],
     ids=["Interrupted", "KeyboardInterrupt"],
 )
 def test_an_interruption_exits_130(capsys, monkeypatch, stop, message):
