@@ -24,8 +24,10 @@ class Record:
         error: relative difference from the reference; None where there is nothing to compare with.
         refused: why it was not timed.
         milliseconds: median over ``repeats`` interleaved runs. low, high: first and last decile.
-        baseline: the implementation that ``ratio`` refers to, ratio = its time / this time (above 1: faster than it).
-        floor: milliseconds that the case takes at least on this machine.
+        baseline: the implementation that ``ratio`` refers to: its time / this time in the same round, median over the
+            rounds (above 1: faster than it).
+        floor: milliseconds that the arithmetic of the case takes on this machine. floors: this time / the floor in the
+            same round, median over the rounds.
         mebibytes: most memory that tensors made in the run held at a time.
         tokens: handled in a run.
         loss: after training.
@@ -42,6 +44,7 @@ class Record:
     baseline: str | None = None
     ratio: float | None = None
     floor: float | None = None
+    floors: float | None = None
     mebibytes: float | None = None
     tokens: int | None = None
     loss: float | None = None
@@ -57,8 +60,8 @@ class Record:
             cells["tokens/s"] = f"{1e3 * self.tokens / self.milliseconds:,.0f}"
         if self.ratio is not None:
             cells["speed-up"] = f"{self.ratio:.2f}×"
-        if self.floor is not None:
-            cells["× floor"] = f"{self.milliseconds / self.floor:.2f}"
+        if self.floors is not None:
+            cells["× floor"] = f"{self.floors:.2f}"
         if self.mebibytes is not None:
             cells["peak MiB"] = f"{self.mebibytes:.1f}"
         if self.error is not None:

@@ -70,12 +70,10 @@ def contest(
     elif floor is not None:
         runs[""] = floor
     times = _rounds(case, runs, repeats, seconds)
-    least = None
-    if "" in times:
-        least = statistics.median(times.pop(""))
-        if flops is not None:
-            least *= flops / (2 * GEMM_SIZE**3)
-    against = statistics.median(times[baseline]) if baseline in times else None
+    floors = times.pop("", None)
+    if floors is not None and flops is not None:
+        floors = [t * flops / (2 * GEMM_SIZE**3) for t in floors]
+    against = times.get(baseline or "")
     records = []
     for contender in contenders:
         error, spent = errors[contender.name], times.get(contender.name)
@@ -95,13 +93,19 @@ def contest(
                 high=min(deciles[-1], max(spent)),
                 repeats=len(spent),
                 baseline=baseline if against is not None else None,
-                ratio=None if against is None or contender.name == baseline else against / median,
-                floor=least,
+                ratio=None if against is None or contender.name == baseline else _median_ratio(against, spent),
+                floor=None if floors is None else statistics.median(floors),
+                floors=None if floors is None else _median_ratio(spent, floors),
                 mebibytes=peak_bytes(contender.run) / 2**20 if memory else None,
                 tokens=tokens,
             )
         )
     return records
+
+
+def _median_ratio(above: list[float], below: list[float]) -> float:
+    """Of times in the same round: what slows the machine for a while slows both."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def _wrong(error: float | None, tolerance: float) -> bool:
