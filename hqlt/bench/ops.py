@@ -67,8 +67,8 @@ def _delta(name: str, shape: tuple[int, int, int, int], repeats: int, seconds: f
     def reference(*x: Tensor) -> Tensor:
         return own(*x, backend="reference")[0]
 
-    flops = batch * length * heads * (10 * choose_tile(dim) * dim + 6 * dim**2)
     for backward in (False, True):
+        flops = batch * length * heads * (10 * choose_tile(dim, backward) * dim + 6 * dim**2)
         passes = "forward+backward" if backward else "forward"
         case = f"{name} B{batch} T{length} H{heads} K=V={dim}, {passes}"
         contenders = contenders_of(functions, reference, inputs, backward)

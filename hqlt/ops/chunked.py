@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.blocks import Scratch, empty, rows_per_segment
+from hqlt.ops.blocks import Scratch, empty, needs_grad, rows_per_segment
 from hqlt.ops.decay import Decay
 from hqlt.ops.features import unit_silu_gradient, unit_silu_of
 from hqlt.ops.precision import full_precision
@@ -29,9 +29,12 @@ from hqlt.ops.tiles import Tiles, make_tiles
 from hqlt.ops.triangular import unit_lower_inverse
 
 
-def choose_tile(key_dim: int) -> int:
-    """Tokens in a tile where the caller leaves it open: long tiles cost more per token, short ones more steps."""
-    return 16 if key_dim < 48 else 32 if key_dim < 128 else 64
+def choose_tile(key_dim: int, gradients: bool) -> int:
+    """Tokens in a tile where the caller leaves it open.
+
+    Long tiles cost more per token, short ones more steps, and for gradients more memory: a state is kept for each.
+    """
+    return 16 if key_dim < 48 else 32 if key_dim < 128 or not gradients else 64
 
 
 @full_precision
@@ -64,7 +67,8 @@ def chunked(
     Returns:
         read [B, T, H, V] in the dtype of ``value`` and the final state [N, H, K, V].
     """
-    tiles = make_tiles(query, borders, chunk_size or choose_tile(query.shape[-1]), period)
+    size = chunk_size or choose_tile(query.shape[-1], needs_grad(query, key, value, beta, log_decay, state))
+    tiles = make_tiles(query, borders, size, period)
     plan = _Plan(tiles, query.shape[2], scale, period, correct, features)
     read, final = _Chunked.apply(query, key, value, beta, log_decay, state, plan)  # type: ignore[no-untyped-call]
     return read, final
@@ -212,35 +216,48 @@ class _Inputs:
 
 
 def _forward_segment(
-    inputs: _Inputs, value: Tensor, current: Tensor, room: Callable[[str, tuple[int, ...]], Tensor]
+    inputs: _Inputs, value: Tensor, current: Tensor, room: Callable[[str, tuple[int, ...]], Tensor], keep: bool
 ) -> Tensor:
-    """Advance ``current`` [documents · heads, K, V] in place over a segment; its reads in tiles, [n, C, V]."""
+    """Advance ``current`` [documents · heads, K, V] in place over a segment; its reads in tiles, [n, C, V].
+
+    ``keep``: the state on entry to each tile, in the room of that name, for the backward pass.
+    """
     plan, segment, scratch = inputs.plan, inputs.segment, inputs.scratch
     square, rows = (plan.tile, plan.tile), (plan.tile, current.shape[-1])
-    errors, starts = room("errors", rows), room("starts", tuple(current.shape[1:]))
+    errors, starts = room("errors", rows), None
+    if plan.unit > 1 or keep:
+        starts = room("starts", tuple(current.shape[1:]))
+    reads = scratch("reads", segment.count, *rows)
     values = inputs.load("value", value, None if plan.correct else errors)
     if plan.correct:
         lower = inputs.lower(scratch("lower", segment.count, *square))
         inverse = room("inverse", square).copy_(unit_lower_inverse(lower))
-    step_errors, step_starts, step_keys = map(segment.steps_of, (errors, starts, inputs.k_out.mT))
+    step_errors, step_keys, step_reads, step_queries = map(
+        segment.steps_of, (errors, inputs.k_out.mT, reads, inputs.q_in)
+    )
+    step_starts = [] if starts is None else segment.steps_of(starts)
     recalls = [segment.steps_of(x) for x in (values, inputs.k_in, inverse)] if plan.correct else []
     wholes = None if inputs.decay is None else segment.steps_of(inputs.decay.whole)
     for n, error in enumerate(step_errors):
         # Documents that have ended come last and keep their final state.
         now = current[: error.shape[0]]
-        step_starts[n].copy_(now)
+        if step_starts:
+            step_starts[n].copy_(now)
+        if plan.unit == 1:
+            torch.baddbmm(step_reads[n], step_queries[n], now, beta=0, alpha=plan.scale, out=step_reads[n])
         if recalls:
             value_in, key_in, solve = (x[n] for x in recalls)
             torch.bmm(solve, value_in.baddbmm_(key_in, now, alpha=-1), out=error)
         if wholes is not None:
             now.mul_(wholes[n])
         now.baddbmm_(step_keys[n], error)
-    reads = scratch("reads", segment.count, *rows)
-    for place, source in segment.reads(plan.unit):
-        torch.bmm(inputs.q_in[place], starts[source], out=reads[place])
+    if starts is not None and plan.unit > 1:
+        for place, source in segment.reads(plan.unit):
+            read = reads[place]
+            torch.baddbmm(read, inputs.q_in[place], starts[source], beta=0, alpha=plan.scale, out=read)
     if plan.sees_own_tile:
-        reads.baddbmm_(inputs.weights(room("weights", square)), errors)
-    return reads.mul_(plan.scale)
+        reads.baddbmm_(inputs.weights(room("weights", square)), errors, alpha=plan.scale)
+    return reads
 
 
 def _backward_segment(
@@ -374,7 +391,7 @@ class _Chunked(torch.autograd.Function):
                 return segment.of(saved[name]) if name in saved else scratch(name, segment.count, *shape)
 
             inputs = _Inputs(plan, segment, scratch, (query, key, beta, log_decay))
-            reads = _forward_segment(inputs, value, current, room)
+            reads = _forward_segment(inputs, value, current, room, bool(saved))
             plan.tiles.store(reads.unflatten(0, (-1, plan.heads)), segment.steps, read)
         ctx.plan, ctx.segments, ctx.names = plan, segments, tuple(saved)
         ctx.save_for_backward(query, key, beta, log_decay, *saved.values())
