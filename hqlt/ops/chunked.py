@@ -256,7 +256,7 @@ def _forward_segment(
             read = reads[place]
             torch.baddbmm(read, inputs.q_in[place], starts[source], beta=0, alpha=plan.scale, out=read)
     if plan.sees_own_tile:
-        reads.baddbmm_(inputs.weights(room("weights", square)), errors, alpha=plan.scale)
+        reads.baddbmm_(inputs.weights(scratch("weights", segment.count, *square)), errors, alpha=plan.scale)
     return reads
 
 
@@ -268,7 +268,11 @@ def _backward_segment(
 ) -> dict[str, Tensor]:
     """Take ``grad_state`` in place from the end of a segment to its start; the gradients of its tokens, in tiles."""
     plan, segment, scratch, decay = inputs.plan, inputs.segment, inputs.scratch, inputs.decay
-    starts, errors, inverse, weights = saved["starts"], saved["errors"], saved.get("inverse"), saved.get("weights")
+    starts, errors, inverse = saved["starts"], saved["errors"], saved.get("inverse")
+    weights = None
+    if plan.sees_own_tile:
+        # Computing them again costs less than the memory to keep them.
+        weights = inputs.weights(scratch("weights", segment.count, plan.tile, plan.tile))
     grad_reads = inputs.load("grad_read", grad_read).mul_(plan.scale)
     grad_errors = scratch("grad_errors", *errors.shape)
     if weights is None:
@@ -381,8 +385,6 @@ class _Chunked(torch.autograd.Function):
             }
             if plan.correct:
                 saved["inverse"] = state.new_empty(total, tile, tile)
-            if plan.sees_own_tile:
-                saved["weights"] = state.new_empty(total, tile, tile)
         read = empty(value)
         current = plan.tiles.sort_documents(state).flatten(0, 1).clone(memory_format=torch.contiguous_format)
         for segment in segments:

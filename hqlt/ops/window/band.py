@@ -134,20 +134,16 @@ class _Segment:
         heads: Tensor = x.unflatten(0, (-1, self.per_head))
         return heads
 
-    @property
-    def weights_shape(self) -> tuple[int, int, int]:
-        """Of the weights of each tile of queries on its span."""
-        return self.count - self.band.reach, self.band.tile, self.band.span
-
     def spans(self, tiles: Tensor) -> Tensor:
         """Every tile but the last r together with the r after it, [B'·H'·(n + r) − r, (r + 1)·C, D], a view."""
         dim = tiles.shape[-1]
         shape = (self.count - self.band.reach, self.band.span, dim)
         return tiles.as_strided(shape, (self.band.tile * dim, dim, 1), tiles.storage_offset())
 
-    def weights(self, queries: Tensor, keys: Tensor, bias: Tensor, out: Tensor) -> Tensor:
+    def weights(self, queries: Tensor, keys: Tensor, bias: Tensor) -> Tensor:
         """Softmax weights of each tile of queries on its span."""
         band = self.band
+        out = self.scratch("weights", self.count - band.reach, band.tile, band.span)
         spans = self.spans(keys).mT
         scores = torch.baddbmm(bias[None], queries[band.reach :], spans, alpha=band.scale, out=out)
         for n in range(self.part.tiles.start, min(band.reach, self.part.tiles.stop)):
@@ -179,34 +175,34 @@ class _BandAttention(torch.autograd.Function):
         dtype = torch.promote_types(query.dtype, torch.float32)
         scratch = Scratch(query.new_empty(0, dtype=dtype))
         read = query.new_empty(*query.shape[:3], value.shape[-1])
-        keep, saved = any(ctx.needs_input_grad), []
         bias = band.bias(scratch.like)
         for place in band.segments(query):
             part = _Segment(band, place, scratch)
             queries, keys, values = part.load("q", query, False), part.load("k", key), part.load("v", value)
-            shape = part.weights_shape
-            weights = part.weights(queries, keys, bias, scratch.like.new_empty(shape) if keep else scratch("w", *shape))
+            weights = part.weights(queries, keys, bias)
             reads = part.room("reads", value.shape[-1])
             torch.bmm(weights, part.spans(values), out=reads[band.reach :])
             part.store(reads, read)
-            saved.append(weights)
         ctx.band = band
-        ctx.save_for_backward(query, key, value, *(saved if keep else []))
+        ctx.save_for_backward(query, key, value)
         return read
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @full_precision
     def backward(ctx: Any, grad_read: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *saved = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         band: _Band = ctx.band
-        scratch = Scratch(saved[0])
+        scratch = Scratch(query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32)))
+        bias = band.bias(scratch.like)
         grads = [empty(x) for x in (query, key, value)]
         carried: list[Tensor] = []
-        for place, weights in zip(band.segments(query), saved, strict=True):
+        for place in band.segments(query):
             part = _Segment(band, place, scratch)
             queries, keys, values = part.load("q", query, False), part.load("k", key), part.load("v", value)
             upper = part.load("upper", grad_read, False)
+            # Computing the weights again costs less than the memory to keep them.
+            weights = part.weights(queries, keys, bias)
             grad_weights = scratch("grad_weights", *weights.shape)
             torch.bmm(upper[band.reach :], part.spans(values).mT, out=grad_weights)
             scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
