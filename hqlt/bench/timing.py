@@ -14,7 +14,7 @@ from tqdm import tqdm
 from hqlt.bench.record import Record
 
 GEMM_SIZE = 2048
-WARM_UP_RUNS, WARM_UP_SECONDS = 5, 5.0
+WARM_UP_RUNS, WARM_UP_SECONDS = 10, 15.0
 Run = Callable[[], object]
 
 
@@ -132,7 +132,7 @@ def _rounds(case: str, runs: dict[str, Run], repeats: int, seconds: float) -> di
 
 
 def _warm_up(run: Run) -> None:
-    """Until memory has settled: a few runs, or seconds."""
+    """Until memory has settled: some runs, or seconds."""
     started = time.monotonic()
     for _ in range(WARM_UP_RUNS):
         run()

@@ -52,7 +52,7 @@ def test_rounds_interleave_and_ratios_refer_to_the_baseline():
         tokens=300,
         memory=True,
     )
-    timed = calls[10:28]  # after five runs of warm-up each
+    timed = calls[20:38]  # after ten runs of warm-up each
     assert timed == (["small", "big", "big", "small"] * 5)[:18]
     assert fast.ratio is not None
     assert fast.ratio > 1
