@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,9 +31,8 @@ def transformers_fallback() -> Function | None:
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
     except ImportError:
         return None
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # that it is the slow form is why it is here
+    # Its warning says that this is the slow form, which is why it is here.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
 
     def run(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> Tensor:
         log_decay = torch.zeros_like(beta) if log_decay is None else log_decay
