@@ -82,8 +82,8 @@ def _rows(
         if length > 1 and (past or reach is not None):
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
-    narrow = query.device.type == "cpu" or query.dtype in BAND_DTYPES
-    if not anchored and not dropout and window <= BAND_LIMIT and narrow:
+    band_is_fastest = query.device.type == "cpu" or query.dtype in BAND_DTYPES
+    if not anchored and not dropout and window <= BAND_LIMIT and band_is_fastest:
         return band_attention(query, key, value, window, scale, _band_tile(length, window, chunk_size))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)
     count = -(-(past + length if anchored else length) // tile)
