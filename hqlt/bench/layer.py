@@ -17,6 +17,7 @@ from hqlt.config import MemoryConfig
 from hqlt.files import write_text
 from hqlt.layers import HybridMemory
 from hqlt.ops import rotary_table
+from hqlt.ops.rotary import rotate
 
 Read = Callable[[HybridMemory], Tensor]
 
@@ -77,9 +78,7 @@ def read_plain(core: HybridMemory) -> Tensor:
     beta: Tensor = core.update_rule.beta_proj(none)  # type: ignore[operator]
     fw_read = fallback(*features, value, beta.sigmoid())
     cos, sin = (table[: query.shape[1]] for table in rotary_table(query.shape[1], config.rope_base, query))
-    query, key = (
-        torch.cat([a * cos - b * sin, b * cos + a * sin], -1) for a, b in (query.chunk(2, -1), key.chunk(2, -1))
-    )
+    query, key = rotate(query, cos, sin), rotate(key, cos, sin)
     kv_read = _plain_window(query, key, value, config.window)
     blended = torch.lerp(kv_read, fw_read, gate.sigmoid())
     return F.rms_norm(blended, core.output_norm.weight.shape, core.output_norm.weight, config.norm_eps).flatten(2)

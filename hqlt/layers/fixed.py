@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from hqlt.layers.schedule import Schedule
-from hqlt.layers.segments import Angles
 from hqlt.ops import rotary_table
+from hqlt.ops.rotary import Angles
 
 
 class FixedSegments:

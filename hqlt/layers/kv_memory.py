@@ -26,15 +26,16 @@ def read_kv_memory(
     Returns:
         [B, T, H, V].
     """
-    if config.position_encoding == "rope":
-        of_query, of_key = span.rotary_angles(config.rope_base, query)
-        query, keys = rotary(query, *of_query), rotary(keys, *of_key)
+    angles = span.rotary_angles(config.rope_base, query) if config.position_encoding == "rope" else None
     if isinstance(span, FixedSpan):
+        if angles is not None:
+            query, keys = rotary(query, *angles[0]), rotary(keys, *angles[1])
         return attend(query, keys, values, query.shape[-1] ** -0.5, 0.0, span.visible())
     return window_attention(
         query,
         keys,
         values,
+        angles=angles,
         window=config.window,
         anchored=config.schedule == "delayed_chunk",
         cu_seqlens=span.cu_seqlens,

@@ -17,6 +17,7 @@ from hqlt.layers.schedule import Schedule
 from hqlt.layers.state import compact
 from hqlt.ops import rotary_table
 from hqlt.ops.checks import documents
+from hqlt.ops.rotary import Angles
 
 
 class Segments:
@@ -136,9 +137,6 @@ class Segments:
             else:
                 self._spans[schedule] = PackedSpan(self.lengths, carried, kept, self.device)
         return self._spans[schedule]
-
-
-Angles = tuple[Tensor, Tensor]
 
 
 class _Span:

@@ -11,6 +11,9 @@ from torch import Tensor
 from hqlt.ops.blocks import SEGMENT_BYTES, empty, needs_grad, token_blocks, wide
 from hqlt.ops.precision import full_precision
 
+Angles = tuple[Tensor, Tensor]
+"""Cosine and sine of the angles of T tokens, [T, 1 or H, K / 2] each."""
+
 
 @lru_cache(maxsize=16)
 def _table(
@@ -56,20 +59,28 @@ class _Rotary(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """x [B, T, H, K] by angles [T, 1 or H, K / 2], forward or back."""
     if torch.compiler.is_compiling():
-        first, second = wide(x).chunk(2, -1)
-        sin = sign * sin
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+        return rotate(wide(x), cos, sin * sign).to(x.dtype)
     y = empty(x)
     for block in token_blocks(x):
-        first, second = wide(x[:, block]).chunk(2, -1)
-        target = y[:, block]
-        out = target if target.dtype == first.dtype else target.new_empty(target.shape, dtype=first.dtype)
-        to_first, to_second = out.chunk(2, -1)
-        torch.mul(first, cos[block], out=to_first).addcmul_(second, sin[block], value=-sign)
-        torch.mul(second, cos[block], out=to_second).addcmul_(first, sin[block], value=sign)
-        if out is not target:
-            target.copy_(out)
+        turn(x[:, block], cos[block], sin[block], sign, y[:, block])
     return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The equation of :func:`rotary`, differentiable as often as one likes."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int, out: Tensor) -> None:
+    """Write x [..., K], rotated by angles [..., K / 2] that broadcast with it, forward or back, into other memory."""
+    first, second = wide(x).chunk(2, -1)
+    exact = out if out.dtype == first.dtype else out.new_empty(out.shape, dtype=first.dtype)
+    to_first, to_second = exact.chunk(2, -1)
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin, value=sign)
+    if exact is not out:
+        out.copy_(exact)
 
 
 @full_precision

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from hqlt.ops import window_attention
+from hqlt.ops import rotary, rotary_table, window_attention
 from tests.helpers import EXACT, assert_close, assert_same_results, borders_of, results, uneven
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 8, 5
@@ -122,6 +122,55 @@ def test_segments_never_change_a_result(nbytes, window, past, monkeypatch):
     assert_same_results(actual, expected)
 
 
+def turned(length: int, past: int, dtype: torch.dtype = torch.float64):
+    """Angles of queries and keys, which count from the first key."""
+    cos, sin = (
+        x[: past + length] for x in rotary_table(past + length, 100.0, torch.empty(1, HEADS, KEY_DIM).to(dtype))
+    )
+    return (cos[past:], sin[past:]), (cos, sin)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("past", [0, 1, 40])
+@pytest.mark.parametrize(("window", "anchored"), WINDOWS)
+@pytest.mark.parametrize("length", [1, 65, 130])
+def test_angles_turn_queries_and_keys(length, window, anchored, past, backend, monkeypatch):
+    monkeypatch.setattr("hqlt.ops.blocks.SEGMENT_BYTES", 4000)
+    of_query, of_key = angles = turned(length, past)
+
+    def before(query, key, value):
+        return window_attention(
+            rotary(query, *of_query), rotary(key, *of_key), value, window=window, anchored=anchored, backend="reference"
+        )
+
+    def within(**x):
+        return window_attention(**x, angles=angles, window=window, anchored=anchored, backend=backend)
+
+    x = tokens(2, length, length + past)
+    assert_same_results(results(within, x), results(before, x))
+
+
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize(("window", "anchored"), [(None, False), (5, False), (5, True)])
+def test_angles_of_packed_documents(window, anchored, heads):
+    x, borders = packed_tokens(130)
+    angle_of = {name: torch.randn(x[name].shape[1], heads, KEY_DIM // 2).double() for name in ("query", "key")}
+    angles = [(angle.cos(), angle.sin()) for angle in angle_of.values()]
+    query, key = rotary(x["query"], *angles[0]), rotary(x["key"], *angles[1])
+    options = {"window": window, "anchored": anchored, **borders}
+    expected = window_attention(query, key, x["value"], **options)
+    for backend in ("reference", "chunked"):
+        assert_close(window_attention(**x, angles=angles, backend=backend, **options), expected)
+
+
+def test_turning_in_bfloat16_rounds_the_read_only():
+    x = tokens(2, 130, 140, torch.bfloat16)
+    read = window_attention(**x, angles=turned(130, 10, torch.float32), window=16)
+    wide = {name: tensor.double() for name, tensor in x.items()}
+    exact = window_attention(**wide, angles=turned(130, 10), window=16, backend="reference")
+    assert (read - exact).abs().max() < 4e-3 * exact.abs().max()
+
+
 @pytest.mark.parametrize(("window", "anchored"), [(None, False), (16, False), (16, True)])
 def test_keys_of_a_carried_past(window, anchored):
     x = tokens(2, 80, 80)
@@ -190,6 +239,16 @@ def test_dropout_is_unbiased(backend):
         ({"window": None, "anchored": True}, ValueError, "anchored window needs a finite window"),
         ({"dropout": 1.0}, ValueError, r"dropout=1.0 must lie in \[0, 1\)"),
         ({"chunk_size": -1}, ValueError, "chunk_size=-1"),
+        (
+            {"angles": ((torch.ones(5, 1, 4),) * 2, (torch.ones(6, 1, 4),) * 2)},
+            ValueError,
+            r"the cosine for query has shape \(5, 1, 4\)",
+        ),
+        (
+            {"angles": ((torch.ones(6, 1, 4),) * 2, (torch.ones(6, 2, 4), torch.ones(6, 2, 8)))},
+            ValueError,
+            r"the sine for key has shape \(6, 2, 8\)",
+        ),
         ({"backend": "flash"}, ValueError, "backend='flash' is unknown"),
         ({"query": torch.ones(1, 6, 2, 8).int()}, TypeError, "query has dtype torch.int32"),
         ({"value": torch.ones(1, 6, 2, 5).double()}, TypeError, "value is torch.float64 but query is torch.float32"),

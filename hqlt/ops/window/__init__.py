@@ -6,6 +6,7 @@ from torch import Tensor
 
 from hqlt.ops.backend import choose_backend
 from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
+from hqlt.ops.rotary import Angles
 from hqlt.ops.window.chunked import window_attention_chunked
 from hqlt.ops.window.reference import window_attention_reference
 
@@ -20,6 +21,7 @@ def window_attention(
     scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     key_cu_seqlens: Tensor | None = None,
+    angles: tuple[Angles, Angles] | None = None,
     dropout: float = 0.0,
     backend: str = "auto",
     chunk_size: int | None = None,
@@ -40,6 +42,9 @@ def window_attention(
         scale: s₀; None is K^-1/2.
         cu_seqlens: borders of packed documents among the queries (B = 1).
         key_cu_seqlens: the same among the keys; absent, the keys have no past.
+        angles: cosine and sine for the queries, [T, 1 or H, K / 2] each, and for the keys, [P + T, 1 or H, K / 2],
+            shared by the rows: query and key are first turned by them as :func:`hqlt.ops.rotary` does. None: they are
+            used as they are.
         dropout: on the attention weights.
         backend: ``reference``, ``chunked`` or ``auto`` (chunked).
         chunk_size: about how many queries make a tile; changes a result by rounding only. None chooses.
@@ -63,11 +68,24 @@ def window_attention(
     check_chunk_size(chunk_size)
     borders, key_borders = _borders(query, key, cu_seqlens, key_cu_seqlens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    arguments = (query, key, value, window, anchored, scale, borders, key_borders, dropout)
+    if angles is not None:
+        _check_angles(query, angles[0], "query")
+        _check_angles(key, angles[1], "key")
+    arguments = (query, key, value, angles, window, anchored, scale, borders, key_borders, dropout)
     if backend != "auto" and choose_backend(backend, query.shape[1]) == "reference":
         return window_attention_reference(*arguments)
     choose_backend(backend, query.shape[1])
     return window_attention_chunked(*arguments, chunk_size)
+
+
+def _check_angles(x: Tensor, angles: Angles, name: str) -> None:
+    expected = (x.shape[1], 1, x.shape[3] // 2), (*x.shape[1:3], x.shape[3] // 2)
+    for kind, table in zip(("cosine", "sine"), angles, strict=True):
+        if tuple(table.shape) not in expected or x.shape[3] % 2:
+            raise ValueError(
+                f"the {kind} for {name} has shape {tuple(table.shape)}; {name} of shape {tuple(x.shape)} needs "
+                "[tokens, 1 or heads, K / 2] with K even"
+            )
 
 
 def _borders(

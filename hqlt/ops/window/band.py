@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hqlt.ops.blocks import Scratch, empty, rows_per_segment
 from hqlt.ops.precision import full_precision
+from hqlt.ops.rotary import Angles, turn
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,14 @@ class _Part:
     def lines(self) -> tuple[int, int]:
         """B', H'."""
         return self.rows.stop - self.rows.start, self.heads.stop - self.heads.start
+
+    def view(self, x: Tensor, tokens: slice, angles: Angles | None) -> tuple[Tensor, Angles | None]:
+        """These tokens of x [B, P + T, H, D] as [B', H', tokens, D], and their angles [1 or H', tokens, D / 2]."""
+        view = x[self.rows, tokens, self.heads].transpose(1, 2)
+        if angles is None:
+            return view, None
+        cos, sin = (a[tokens, self.heads if a.shape[1] > 1 else slice(None)].transpose(0, 1) for a in angles)
+        return view, (cos, sin)
 
 
 @dataclass(frozen=True)
@@ -83,8 +92,11 @@ class _Band:
                         slice(max(stop - tiles, 0), stop),
                     )
 
-    def load(self, x: Tensor, part: _Part, out: Tensor, before: bool) -> Tensor:
-        """[B, P + T, H, D] → [B'·H'·(n + r), C, D]: r tiles before, or zeros, then the segment's; zeros beyond."""
+    def load(self, x: Tensor, part: _Part, out: Tensor, before: bool, angles: Angles | None) -> Tensor:
+        """[B, P + T, H, D] → [B'·H'·(n + r), C, D]: r tiles before, or zeros, then the segment's; zeros beyond.
+
+        Tokens are turned by their angles on the way.
+        """
         past, tiles = x.shape[1] - self.length, part.tiles
         lead = self.reach * self.tile
         first, last = past + tiles.start * self.tile - lead * before, past + min(tiles.stop * self.tile, self.length)
@@ -92,17 +104,26 @@ class _Band:
         skip = max(0, -first) if before else lead
         end = skip + last - max(first, 0)
         room[:, :, :skip].zero_()
-        room[:, :, skip:end].copy_(x[part.rows, max(first, 0) : last, part.heads].transpose(1, 2))
+        source, angles = part.view(x, slice(max(first, 0), last), angles)
+        _put(source, angles, 1, room[:, :, skip:end])
         if end < room.shape[2]:
             room[:, :, end:].zero_()
         result: Tensor = out.view(-1, self.tile, x.shape[-1])
         return result
 
-    def store(self, x: Tensor, part: _Part, out: Tensor) -> None:
-        """[B'·H'·(n + r), C, D] → the segment's queries in [B, T, H, D]."""
-        first, last = part.tiles.start * self.tile, min(part.tiles.stop * self.tile, self.length)
-        lead, room = self.reach * self.tile, x.view(*part.lines, -1, x.shape[-1])
-        out[part.rows, first:last, part.heads] = room[:, :, lead : lead + last - first].transpose(1, 2)
+    def store(self, x: Tensor, part: _Part, out: Tensor, angles: Angles | None) -> None:
+        """[B'·H'·(n + r), C, D] → the segment's tokens in [B, P + T, H, D], turned back by their angles.
+
+        The first segment's are also those of the past.
+        """
+        past = out.shape[1] - self.length
+        first = past + part.tiles.start * self.tile if part.tiles.start else 0
+        last = past + min(part.tiles.stop * self.tile, self.length)
+        # Where the first token of the segment's tiles lies among the tokens of ``x``, and before it the past.
+        skip = self.reach * self.tile - (0 if part.tiles.start else past)
+        target, angles = part.view(out, slice(first, last), angles)
+        room = x.view(*part.lines, -1, x.shape[-1])
+        _put(room[:, :, skip : skip + last - first], angles, -1, target)
 
     def bias(self, like: Tensor) -> Tensor:
         """0 where a query of a tile sees a key of its span, else −∞: [C, (r + 1)·C]."""
@@ -110,6 +131,13 @@ class _Band:
         key_position = torch.arange(self.span, device=like.device)[None, :]
         hidden = (key_position > position) | (key_position <= position - self.window)
         return torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, float("-inf"))
+
+
+def _put(x: Tensor, angles: Angles | None, sign: int, out: Tensor) -> None:
+    if angles is None:
+        out.copy_(x)
+    else:
+        turn(x, *angles, sign, out)
 
 
 class _Segment:
@@ -123,11 +151,11 @@ class _Segment:
     def room(self, name: str, columns: int) -> Tensor:
         return self.scratch(name, self.count, self.band.tile, columns)
 
-    def load(self, name: str, x: Tensor, before: bool = True) -> Tensor:
-        return self.band.load(x, self.part, self.room(name, x.shape[-1]), before)
+    def load(self, name: str, x: Tensor, before: bool = True, angles: Angles | None = None) -> Tensor:
+        return self.band.load(x, self.part, self.room(name, x.shape[-1]), before, angles)
 
-    def store(self, x: Tensor, out: Tensor) -> None:
-        self.band.store(x, self.part, out)
+    def store(self, x: Tensor, out: Tensor, angles: Angles | None = None) -> None:
+        self.band.store(x, self.part, out, angles)
 
     def heads(self, x: Tensor) -> Tensor:
         """[B'·H'·(n + r), C, D] → [B'·H', n + r, C, D]."""
@@ -171,19 +199,23 @@ class _Segment:
 
 class _BandAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, band: _Band) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, band: _Band, angles: tuple[Angles, Angles] | None
+    ) -> Tensor:
         dtype = torch.promote_types(query.dtype, torch.float32)
         scratch = Scratch(query.new_empty(0, dtype=dtype))
         read = query.new_empty(*query.shape[:3], value.shape[-1])
         bias = band.bias(scratch.like)
+        of_query, of_key = angles or (None, None)
         for place in band.segments(query):
             part = _Segment(band, place, scratch)
-            queries, keys, values = part.load("q", query, False), part.load("k", key), part.load("v", value)
+            queries, keys = part.load("q", query, False, of_query), part.load("k", key, True, of_key)
+            values = part.load("v", value)
             weights = part.weights(queries, keys, bias)
             reads = part.room("reads", value.shape[-1])
             torch.bmm(weights, part.spans(values), out=reads[band.reach :])
             part.store(reads, read)
-        ctx.band = band
+        ctx.band, ctx.angles = band, angles
         ctx.save_for_backward(query, key, value)
         return read
 
@@ -195,11 +227,13 @@ class _BandAttention(torch.autograd.Function):
         band: _Band = ctx.band
         scratch = Scratch(query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32)))
         bias = band.bias(scratch.like)
+        of_query, of_key = ctx.angles or (None, None)
         grads = [empty(x) for x in (query, key, value)]
         carried: list[Tensor] = []
         for place in band.segments(query):
             part = _Segment(band, place, scratch)
-            queries, keys, values = part.load("q", query, False), part.load("k", key), part.load("v", value)
+            queries, keys = part.load("q", query, False, of_query), part.load("k", key, True, of_key)
+            values = part.load("v", value)
             upper = part.load("upper", grad_read, False)
             # Computing the weights again costs less than the memory to keep them.
             weights = part.weights(queries, keys, bias)
@@ -209,7 +243,7 @@ class _BandAttention(torch.autograd.Function):
             part.cut(scores.mul_(band.scale))
             grad_queries = part.room("grad_q", query.shape[-1])
             torch.bmm(scores, part.spans(keys), out=grad_queries[band.reach :])
-            part.store(grad_queries, grads[0])
+            part.store(grad_queries, grads[0], of_query)
             pairs = [
                 part.from_spans(scores, queries, part.room("grad_k", key.shape[-1])),
                 part.from_spans(weights, upper, part.room("grad_v", value.shape[-1])),
@@ -218,25 +252,31 @@ class _BandAttention(torch.autograd.Function):
                 for x, later in zip(pairs, carried, strict=True):
                     part.heads(x)[:, part.per_head - band.reach :].add_(later)
             carried = [part.heads(x)[:, : band.reach].clone() for x in pairs]
-            for x, grad in zip(pairs, grads[1:], strict=True):
-                part.store(x, grad[:, band.past :])
-                if place.tiles.start == 0 and band.past:
-                    tail = part.heads(x)[:, : band.reach].flatten(1, 2)[:, -band.past :].unflatten(0, place.lines)
-                    grad[place.rows, : band.past, place.heads] = tail.transpose(1, 2)
-        return *grads, None
+            for x, grad, turned in zip(pairs, grads[1:], (of_key, None), strict=True):
+                part.store(x, grad, turned)
+        return *grads, None, None
 
 
 @full_precision
-def band_attention(query: Tensor, key: Tensor, value: Tensor, window: int, scale: float, tile: int) -> Tensor:
+def band_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    angles: tuple[Angles, Angles] | None,
+    window: int,
+    scale: float,
+    tile: int,
+) -> Tensor:
     """Each query of [B, T, H, K] sees the last ``window`` keys up to its own token's; read [B, T, H, V].
 
     Args:
         query, key, value: keys and values may begin with up to ``window`` − 1 tokens of the past.
+        angles: cosine and sine for queries and for keys, [tokens, 1 or H, K / 2]; they are turned tile by tile.
         tile: queries in a tile.
 
     Differentiable once.
     """
     batch, length, heads, _ = query.shape
     band = _Band(batch, length, heads, key.shape[1] - length, window, scale, tile)
-    read: Tensor = _BandAttention.apply(query, key, value, band)  # type: ignore[no-untyped-call]
+    read: Tensor = _BandAttention.apply(query, key, value, band, angles)  # type: ignore[no-untyped-call]
     return read

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops.rotary import Angles, rotary
 from hqlt.ops.window.band import band_attention
 
 # Beyond this window the weights that the band form keeps take more memory than they save time.
@@ -21,6 +22,7 @@ def window_attention_chunked(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    angles: tuple[Angles, Angles] | None,
     window: int | None,
     anchored: bool,
     scale: float,
@@ -31,13 +33,14 @@ def window_attention_chunked(
 ) -> Tensor:
     """Read [B, T, H, V] of queries against keys that end with the queries' own tokens."""
     if borders is None or key_borders is None:
-        return _rows(query, key, value, window, anchored, scale, dropout, chunk_size)
+        return _rows(query, key, value, angles, window, anchored, scale, dropout, chunk_size)
+    query, key = _rotated(query, key, angles)
     lengths = [b - a for a, b in pairwise(borders)]
     key_lengths = [b - a for a, b in pairwise(key_borders)]
     if window is None:
         queries, keys, values = query.split(lengths, 1), key.split(key_lengths, 1), value.split(key_lengths, 1)
         parts = zip(queries, keys, values, strict=True)
-        return torch.cat([_rows(q, k, v, window, anchored, scale, dropout, chunk_size) for q, k, v in parts], 1)
+        return torch.cat([_rows(q, k, v, None, window, anchored, scale, dropout, chunk_size) for q, k, v in parts], 1)
     return _packed(query, key, value, window, anchored, scale, lengths, key_lengths, dropout, chunk_size)
 
 
@@ -55,10 +58,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: flo
     return read.transpose(1, 2)
 
 
+def _rotated(query: Tensor, key: Tensor, angles: tuple[Angles, Angles] | None) -> tuple[Tensor, Tensor]:
+    if angles is None:
+        return query, key
+    return rotary(query, *angles[0]), rotary(key, *angles[1])
+
+
 def _rows(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    angles: tuple[Angles, Angles] | None,
     window: int | None,
     anchored: bool,
     scale: float,
@@ -67,24 +77,24 @@ def _rows(
 ) -> Tensor:
     """Rows of equal length."""
     length, past = query.shape[1], key.shape[1] - query.shape[1]
-    if window is not None and anchored:
-        # Keys before the first query's window are out of reach; what remains starts on the window grid.
-        first = past // window * window
+    # Keys before the first query's window are out of reach; an anchored one starts on the window grid.
+    first = 0 if window is None else past // window * window if anchored else max(0, past - window + 1)
+    if first:
         key, value, past = key[:, first:], value[:, first:], past - first
-    elif window is not None and past >= window:
-        first = past - window + 1
-        key, value, past = key[:, first:], value[:, first:], window - 1
+        angles = None if angles is None else (angles[0], (angles[1][0][first:], angles[1][1][first:]))
     few = bool(past) and length <= (window or 0)
-    if window is None or few or past + length <= max(window, chunk_size or DEFAULT_TILE):
+    whole = window is None or few or past + length <= max(window, chunk_size or DEFAULT_TILE)
+    band_is_fastest = query.device.type == "cpu" or query.dtype in BAND_DTYPES
+    if window is not None and window <= BAND_LIMIT and band_is_fastest and not (whole or anchored or dropout):
+        return band_attention(query, key, value, angles, window, scale, _band_tile(length, window, chunk_size))
+    query, key = _rotated(query, key, angles)
+    if window is None or whole:
         # A single tile: one masked product. A window that is not exceeded needs no mask beyond the causal one.
         reach = window if window is not None and past + length > window else None
         mask = None
         if length > 1 and (past or reach is not None):
             mask = _visible(past + torch.arange(length), torch.arange(past + length), reach, anchored)
         return attend(query, key, value, scale, dropout, None if mask is None else mask.to(query.device))
-    band_is_fastest = query.device.type == "cpu" or query.dtype in BAND_DTYPES
-    if not anchored and not dropout and window <= BAND_LIMIT and band_is_fastest:
-        return band_attention(query, key, value, window, scale, _band_tile(length, window, chunk_size))
     tile, span, before = _tile(length, past, window, anchored, chunk_size)
     count = -(-(past + length if anchored else length) // tile)
     if anchored:
