@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.layers.fixed import FixedSegments
 from hqlt.layers.hybrid_memory import HybridMemory
-from hqlt.layers.linear import Linear
+from hqlt.layers.linear import Linear, ResidualLinear
 from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.segments import Segments
 from hqlt.layers.state import MemoryState
@@ -27,7 +27,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
         self.up_proj = Linear(config.hidden_size, config.mlp_size, bias=False)
-        self.down_proj = Linear(config.mlp_size, config.hidden_size, bias=False)
+        self.down_proj = ResidualLinear(config.mlp_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""
@@ -41,7 +41,7 @@ class GELU(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.up_proj = Linear(config.hidden_size, config.mlp_size)
-        self.down_proj = Linear(config.mlp_size, config.hidden_size)
+        self.down_proj = ResidualLinear(config.mlp_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] → [B, T, D]."""

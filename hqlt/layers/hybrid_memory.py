@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,7 @@ from hqlt.config import MemoryConfig
 from hqlt.layers.fixed import FixedSegments, FixedSpan
 from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
 from hqlt.layers.kv_memory import read_kv_memory
-from hqlt.layers.linear import Linear
+from hqlt.layers.linear import Linear, ResidualLinear
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.schedule import Schedule
@@ -21,6 +25,26 @@ from hqlt.layers.state import PER_TOKEN, MemoryState, compact
 from hqlt.layers.update_rules import RULES, UpdateRule
 from hqlt.ops import short_convolution
 from hqlt.ops.checks import state_dtype
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What the memories take of the new tokens, packed; None where the layer has no use for it.
+
+    Attributes:
+        key, value: [B, T, H, K] and [B, T, H, V]. beta, log_decay: [B, T, H].
+        inputs: of the short convolution, [B, T, 2·H·K + H·V].
+    """
+
+    key: Tensor
+    value: Tensor
+    beta: Tensor | None = None
+    log_decay: Tensor | None = None
+    inputs: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: x for name, x in named.items() if x is not None}
 
 
 class HybridMemory(nn.Module):
@@ -58,7 +82,7 @@ class HybridMemory(nn.Module):
             self.output_norm = RMSNorm(config.value_dim, eps=config.norm_eps)
         self.mixer = Mixer(config) if config.kv_memory and config.update_rule is not None else None
         self.gate_proj = Linear(width, value_width, bias=False) if config.output_gate else None
-        self.output_proj = Linear(value_width, width, bias=config.bias)
+        self.output_proj = ResidualLinear(value_width, width, bias=config.bias)
         self.dropout = make_dropout(config.dropout)
 
     def forward(
@@ -99,39 +123,65 @@ class HybridMemory(nn.Module):
         """:meth:`forward` on tokens that ``segments`` has packed; models call it to pack once for all layers."""
         if state is not None and not segments.fixed:
             self.check_state(state)
-        whole = state if state is not None else self._empty_state(segments.documents, x)
+        whole = state if state is not None else self.empty_state(segments.documents, x)
         if segments.empty:
             return torch.zeros_like(x), whole
         past = whole if segments.rows is None else whole.select(segments.rows)
         span = segments.span(self.schedule)
-        query, key, value, convolution = self._project(x, past, span)
-        kept = {"key": span.join(past.key, key), "value": span.join(past.value, value)}
-        tokens = (query, kept["key"], kept["value"])
+        query, tokens = self._project(x, past, span)
+        reads, new = self._remember(query, tokens, past, span, segments)
+        if past.history is not None and not isinstance(segments, FixedSegments):
+            if self.training:
+                raise ValueError("a tracked state needs evaluation mode: call model.eval(), or state.untracked()")
+            history = past.history.extended(tokens.parts(), segments, partial(rewrite, self.config))
+            new = dataclasses.replace(new, history=history)
+        y = self._output(x, reads)
+        return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
+
+    def _remember(
+        self,
+        query: Tensor | None,
+        tokens: _Tokens,
+        past: MemoryState,
+        span: Span | FixedSpan,
+        segments: Segments | FixedSegments,
+    ) -> tuple[list[Tensor], MemoryState]:
+        """Write the tokens into both memories: the reads of the queries, FW memory first, and the next state.
+
+        Without queries nothing is read of KV memory, and what is read of FW memory means nothing.
+        """
+        kept = {"key": span.join(past.key, tokens.key), "value": span.join(past.value, tokens.value)}
+        held = (kept["key"], kept["value"])
         reads, fast_weight = [], None
         if self.update_rule is not None:
-            beta, log_decay = self.update_rule.gates(x)
+            beta, log_decay = tokens.beta, tokens.log_decay
+            assert beta is not None
+            queries = tokens.key if query is None else query
             if self.schedule.anchored:
                 kept["beta"] = beta = span.join(past.beta, beta)
                 if log_decay is not None:
                     kept["log_decay"] = log_decay = span.join(past.log_decay, log_decay)
                 read, fast_weight = read_fw_chunks(
-                    self.update_rule, self.config.window or 1, *tokens, (beta, log_decay), past, span
+                    self.update_rule, self.config.window or 1, queries, *held, (beta, log_decay), past, span
                 )
             else:
                 gates = (beta, log_decay)
-                read, fast_weight = read_fw_memory(self.update_rule, self.schedule, *tokens, gates, past, span)
+                read, fast_weight = read_fw_memory(self.update_rule, self.schedule, queries, *held, gates, past, span)
             reads.append(read)
-        if self.config.kv_memory:
-            reads.append(read_kv_memory(*tokens, span, self.config, self._attention_dropout()))
-        new = MemoryState(
+        if self.config.kv_memory and query is not None:
+            reads.append(read_kv_memory(query, *held, span, self.config, self._attention_dropout()))
+        convolution = None
+        if tokens.inputs is not None and past.convolution is not None:
+            before = past.convolution.to(tokens.inputs.dtype)
+            convolution = _last_inputs(before, tokens.inputs, span.borders)
+        return reads, MemoryState(
             position=segments.position_tensor,
             held=segments.held(self.schedule),
             fast_weight=fast_weight,
             convolution=convolution,
+            history=None,
             **({name: span.keep(joined) for name, joined in kept.items()} if self.config.kv_memory else {}),
         )
-        y = self._output(x, reads)
-        return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
 
     def _attention_dropout(self) -> float:
         return self.config.dropout if self.training and self.update_rule is None else 0.0
@@ -183,34 +233,32 @@ class HybridMemory(nn.Module):
             shapes["convolution"] = (documents, config.conv_size - 1, self.convolution.in_channels)
         return shapes
 
-    def _empty_state(self, documents: int, x: Tensor) -> MemoryState:
-        """The state before the first token."""
-        parts = {name: x.new_zeros(shape) for name, shape in self._state_shapes(documents, 0).items()}
+    def empty_state(self, documents: int, x: Tensor) -> MemoryState:
+        """The state of N documents before their first token, in the dtype and on the device of x."""
+        parts: dict[str, Any] = {name: x.new_zeros(shape) for name, shape in self._state_shapes(documents, 0).items()}
         if "fast_weight" in parts:
             parts["fast_weight"] = parts["fast_weight"].to(state_dtype(x.dtype))
         none = torch.zeros(documents, dtype=torch.long)
         return MemoryState(position=none, held=none.clone(), **parts)
 
-    def _project(
-        self, x: Tensor, past: MemoryState, span: Span | FixedSpan
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Query, key [B, T, H, K], value [B, T, H, V] and the convolution's next past."""
+    def _project(self, x: Tensor, past: MemoryState, span: Span | FixedSpan) -> tuple[Tensor, _Tokens]:
+        """Query [B, T, H, K] and what the memories take."""
         query, key, value = self.query_proj(x), self.key_proj(x), self.value_proj(x)
-        convolution = None
+        inputs = None
         if self.convolution is not None:
             widths = [query.shape[-1], key.shape[-1], value.shape[-1]]
-            mixed = torch.cat([query, key, value], -1)
+            inputs = torch.cat([query, key, value], -1)
             assert past.convolution is not None
-            before = past.convolution.to(mixed.dtype)
-            convolution = _last_inputs(before, mixed, span.borders)
-            mixed = short_convolution(mixed, self.convolution.weight.to(mixed.dtype), before, span.borders)
+            before = past.convolution.to(inputs.dtype)
+            mixed = short_convolution(inputs, self.convolution.weight.to(inputs.dtype), before, span.borders)
             query, key, value = mixed.split(widths, -1)
         if self.update_rule is not None:
             value = self.dropout(F.silu(value))
             if self.config.kv_memory:
                 query, key = self.dropout(query), self.dropout(key)
-        heads = (self.config.num_heads, -1)
-        return query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads), convolution
+        query, key, value = (part.unflatten(-1, (self.config.num_heads, -1)) for part in (query, key, value))
+        beta, log_decay = (None, None) if self.update_rule is None else self.update_rule.gates(x)
+        return query, _Tokens(key, value, beta, log_decay, inputs)
 
     def _output(self, x: Tensor, reads: list[Tensor]) -> Tensor:
         (mixed, *_) = reads
@@ -223,6 +271,24 @@ class HybridMemory(nn.Module):
             mixed = mixed * F.silu(self.gate_proj(x))
         y: Tensor = self.dropout(self.output_proj(mixed))
         return y
+
+
+@lru_cache(maxsize=64)
+def _without_weights(config: MemoryConfig) -> HybridMemory:
+    with torch.device("meta"):
+        return HybridMemory(config).eval()
+
+
+def rewrite(config: MemoryConfig, start: MemoryState, tokens: dict[str, Tensor], keep: Tensor) -> MemoryState:
+    """The state of a layer after the first ``keep`` ([N], on the host) of these tokens [N, m, …] of each document."""
+    layer = _without_weights(config)
+    shape = tokens["key"].shape
+    mask = torch.arange(shape[1]) < keep[:, None]
+    segments = Segments((shape[0], shape[1]), start.position, mask, device=tokens["key"].device)
+    past = start if segments.rows is None else start.select(segments.rows)
+    packed = _Tokens(**{name: segments.pack(x) for name, x in tokens.items()})
+    _, new = layer._remember(None, packed, past, segments.span(layer.schedule), segments)
+    return new if segments.rows is None else start.replace_rows(segments.rows, new)
 
 
 def _last_inputs(past: Tensor, new: Tensor, borders: list[int] | None) -> Tensor:

@@ -22,6 +22,10 @@ class Linear(nn.Linear):
         return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
 
 
+class ResidualLinear(Linear):
+    """A projection onto the residual stream, whose initial weights a model may scale down with its depth."""
+
+
 def _is_plain(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 

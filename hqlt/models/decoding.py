@@ -124,7 +124,7 @@ class Decoder:
         for memory, parts in zip(self._memories, self._buffers, strict=True):
             held = torch.tensor([memory.schedule.held(p) for p in self._position.tolist()])
             exact = {name: _trimmed(x, held) if name in PER_TOKEN else x for name, x in parts.items()}
-            layers.append(MemoryState(position=self._position.clone(), held=held, **exact))
+            layers.append(MemoryState(position=self._position.clone(), held=held, history=None, **exact))
         return ModelState(tuple(layers))
 
     @torch.no_grad()
@@ -159,7 +159,9 @@ class Decoder:
         return logits
 
     def _advance(self, input_ids: Tensor, position: Tensor, buffers: Buffers) -> tuple[Tensor, Buffers]:
-        state = ModelState(tuple(MemoryState(position=position, held=position, **parts) for parts in buffers))
+        state = ModelState(
+            tuple(MemoryState(position=position, held=position, history=None, **parts) for parts in buffers)
+        )
         segments = FixedSegments(position, self._spans)
         hidden, state = self.model.advance(self.model.embedding(input_ids[:, None]), state, segments)
         return self.model.head(hidden)[:, 0], [_parts(layer) for layer in state.layers]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hqlt.config import ModelConfig
 from hqlt.layers.block import Block, make_norm
 from hqlt.layers.fixed import FixedSegments
-from hqlt.layers.linear import Linear
+from hqlt.layers.linear import Linear, ResidualLinear
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.norm import make_dropout
 from hqlt.layers.segments import Segments
@@ -19,16 +22,23 @@ from hqlt.layers.state import ModelState
 from hqlt.layers.update_rules import GatedDeltaRule
 
 IGNORE = -100
+# Bytes of float32 logits that a loss makes at a time; more are computed again for their gradient instead of kept.
+LOGITS_BYTES = 1 << 26
 
 
 class SequenceModel(nn.Module):
-    """Blocks and the final norm, from embeddings [B, T, D] to hidden states [B, T, D]."""
+    """Blocks and the final norm, from embeddings [B, T, D] to hidden states [B, T, D].
+
+    Attributes:
+        gradient_checkpointing: in training, keep the inputs of blocks only and compute the rest again for gradients.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if not isinstance(config, ModelConfig):
             raise TypeError(f"a model takes a ModelConfig, not {type(config).__name__}")
         self.config = config
+        self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(Block(config, memory) for memory in config.memories)
         self.norm = make_norm(config)
         self.dropout = make_dropout(config.dropout)
@@ -42,17 +52,24 @@ class SequenceModel(nn.Module):
         U(±1/√fan_in) / √(2N).
         """
         for module in self.modules():
-            if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
-            elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, GatedDeltaRule, Mixer)):
-                module.reset_parameters()
-        if self.config.rescale_residual:
-            for name, weight in self.named_parameters():
-                if name.endswith(("output_proj.weight", "down_proj.weight")):
-                    bound = weight.shape[1] ** -0.5 / math.sqrt(2 * self.config.num_hidden_layers)
-                    nn.init.uniform_(weight, -bound, bound)
+            self.init_module(module)
+        for module in self.modules():
+            self.rescale_module(module)
+
+    def init_module(self, module: nn.Module) -> None:
+        """Draw a module's own weights, submodules aside."""
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, GatedDeltaRule, Mixer)):
+            module.reset_parameters()
+
+    def rescale_module(self, module: nn.Module) -> None:
+        """Draw the weight of a projection onto the residual stream again, if so configured."""
+        if self.config.rescale_residual and isinstance(module, ResidualLinear):
+            bound = module.in_features**-0.5 / math.sqrt(2 * self.config.num_hidden_layers)
+            nn.init.uniform_(module.weight, -bound, bound)
 
     def forward(
         self,
@@ -63,6 +80,18 @@ class SequenceModel(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, ModelState]:
         """Continue N documents by new tokens; arguments and errors as :meth:`hqlt.HybridMemory.forward`."""
+        return self.encode(x, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+
+    def encode(
+        self,
+        x: Tensor,
+        state: ModelState | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ModelState]:
+        """:meth:`SequenceModel.forward`; ``hidden_states`` is extended by what enters and leaves the blocks."""
         for block in self.blocks[:1]:
             block.memory.check_input(x)  # type: ignore[union-attr, operator]
         if state is not None and not isinstance(state, ModelState):
@@ -71,21 +100,39 @@ class SequenceModel(nn.Module):
             raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self.blocks)}")
         past = None if state is None else state.position
         segments = Segments((x.shape[0], x.shape[1]), past, attention_mask, cu_seqlens, x.device)
-        y, state = self.advance(segments.pack(x), state, segments)
+        packed: list[Tensor] | None = None if hidden_states is None else []
+        y, state = self.advance(segments.pack(x), state, segments, packed)
+        if hidden_states is not None and packed is not None:
+            hidden_states.extend(segments.unpack(h) for h in packed)
         return segments.unpack(y), state
 
+    def empty_state(self, documents: int) -> ModelState:
+        """The state of N documents before their first token: what a state of None means."""
+        like = self.norm.weight
+        return ModelState(tuple(block.memory.empty_state(documents, like) for block in self.blocks))  # type: ignore[union-attr, operator]
+
     def advance(
-        self, x: Tensor, state: ModelState | None, segments: Segments | FixedSegments
+        self,
+        x: Tensor,
+        state: ModelState | None,
+        segments: Segments | FixedSegments,
+        hidden_states: list[Tensor] | None = None,
     ) -> tuple[Tensor, ModelState]:
-        """:meth:`forward` on tokens that ``segments`` has packed."""
+        """:meth:`encode` on tokens that ``segments`` has packed."""
         # Dropout before the positions are added, as in the published models.
         x = self.dropout(x)
         if self.config.position_embedding == "sinusoidal":
             x = x + sinusoidal(segments.token_positions(), self.config.hidden_size).to(x.dtype)
         layers = []
+        recompute = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         for n, block in enumerate(self.blocks):
-            x, layer = block(x, None if state is None else state.layers[n], segments)
+            if hidden_states is not None:
+                hidden_states.append(x)
+            arguments = (x, None if state is None else state.layers[n], segments)
+            x, layer = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
             layers.append(layer)
+        if hidden_states is not None:
+            hidden_states.append(x)
         return self.norm(x), ModelState(tuple(layers))
 
 
@@ -98,6 +145,12 @@ class LanguageModel(SequenceModel):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
         self.init_weights()
+
+    def set_embedding(self, embedding: nn.Embedding) -> None:
+        """Replace the embedding; the vocabulary becomes as large as it is, and a tied head follows."""
+        self.embedding = embedding
+        self.config = replace(self.config, vocab_size=embedding.num_embeddings)
+        self.tie_weights()
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter if so configured; loading by assignment parts them."""
@@ -138,9 +191,7 @@ class LanguageModel(SequenceModel):
     ) -> tuple[Tensor, ModelState]:
         """Hidden states [B, T, D] after the final norm, and the state; arguments as :meth:`forward`."""
         self.check_ids(input_ids)
-        return super().forward(
-            self.embedding(input_ids), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens
-        )  # fmt: skip
+        return self.encode(self.embedding(input_ids), state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
 
     def loss(
         self,
@@ -163,30 +214,31 @@ class LanguageModel(SequenceModel):
         """
         hidden, state = self.hidden_states(input_ids, state, attention_mask=attention_mask, cu_seqlens=cu_seqlens)
         labels = input_ids if labels is None else labels
-        if labels.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"labels must be an int32 or int64 tensor, not {labels.dtype}")
-        if labels.shape != input_ids.shape:
-            raise ValueError(f"labels have shape {tuple(labels.shape)} but input_ids {tuple(input_ids.shape)}")
-        targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORE)
-        if attention_mask is not None:
-            # A pad predicts nothing and nothing predicts a pad.
-            real = attention_mask.bool()
-            targets[~(real & F.pad(real[:, 1:], (0, 1)))] = IGNORE
-        if cu_seqlens is not None:
-            targets[:, cu_seqlens[1:].long() - 1] = IGNORE
-        return self.target_loss(hidden, targets), state
+        return self.target_loss(hidden, shifted(labels, hidden.shape[:2], attention_mask, cu_seqlens)), state
 
-    def target_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of hidden states [B, T, D] against unshifted targets [B, T]; −100 is ignored.
+    def target_loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy of hidden states [B, T, D] against unshifted targets [B, T], −100 ignored: mean, or Σ / count.
 
-        Only positions with a target reach the head: a task that supervises one token per row pays for one.
+        Only positions with a target reach the head: a task that supervises one token per row pays for one. The logits
+        of many positions are made in pieces, and again for their gradient.
         """
         used = targets != IGNORE
         if not bool(used.any()):
             raise ValueError("no token has a target: pass two tokens of one document at least, or targets besides -100")
-        self._check_range("target", targets[used])
-        logits = self.head(hidden[used])
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[used])
+        hidden, targets = hidden[used], targets[used]
+        self._check_range("target", targets)
+        rows = max(1, LOGITS_BYTES // (4 * self.config.vocab_size))
+        pieces = list(zip(hidden.split(rows), targets.split(rows), strict=True))
+        if len(pieces) == 1 or not torch.is_grad_enabled():
+            sums = [self._summed_loss(h, t) for h, t in pieces]
+        else:
+            sums = [cast(Any, checkpoint(self._summed_loss, h, t, use_reentrant=False)) for h, t in pieces]
+        total: Tensor = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
+        return total / (len(targets) if count is None else count)
+
+    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = self.head(hidden)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Integer ids [B, T] of the vocabulary."""
@@ -204,6 +256,28 @@ class LanguageModel(SequenceModel):
             if low < 0 or high >= self.config.vocab_size:
                 bad = low if low < 0 else high
                 raise ValueError(f"{what} {bad} is outside the vocabulary 0 … {self.config.vocab_size - 1}")
+
+
+def shifted(
+    labels: Tensor, shape: tuple[int, ...], attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Targets [B, T] of labels [B, T]: the next token's label, −100 at pads and at the end of documents.
+
+    Raises:
+        TypeError, ValueError: labels that are not integers or of another shape.
+    """
+    if labels.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"labels must be an int32 or int64 tensor, not {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)} but the input has {tuple(shape)}")
+    targets = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORE)
+    if attention_mask is not None:
+        # A pad predicts nothing and nothing predicts a pad.
+        real = attention_mask.bool()
+        targets[~(real & F.pad(real[:, 1:], (0, 1)))] = IGNORE
+    if cu_seqlens is not None:
+        targets[:, cu_seqlens[1:].long() - 1] = IGNORE
+    return targets
 
 
 def sinusoidal(position: Tensor, width: int, base: float = 10000.0) -> Tensor:

@@ -404,8 +404,9 @@ class _Chunked(torch.autograd.Function):
     @full_precision
     def backward(ctx: Any, grad_read: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        query, key, beta, log_decay = ctx.saved_tensors[:4]
-        saved = dict(zip(ctx.names, ctx.saved_tensors[4:], strict=True))
+        # Unpacked once: activation checkpointing computes them again each time.
+        query, key, beta, log_decay, *rest = ctx.saved_tensors
+        saved = dict(zip(ctx.names, rest, strict=True))
         tokens = {"query": query, "key": key, "value": grad_read, "beta": beta, "log_decay": log_decay}
         grads = {name: empty(x) for name, x in tokens.items() if x is not None}
         scratch = Scratch(grad_final)

@@ -118,6 +118,11 @@ def _work(job: Job, slot: int, threads: int, lock: Any) -> None:
             job.function(*job.arguments, slot)
     except (Interrupted, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
+    except (ValueError, OSError, FloatingPointError) as error:
+        # What the person who ran it can mend: the message says how.
+        with lock:
+            print(f"{job.name}: {error}", file=sys.stderr)
+        sys.exit(1)
     except Exception:
         with lock:
             traceback.print_exc()

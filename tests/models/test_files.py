@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hqlt import LanguageModel, MemoryConfig, ModelConfig
-from hqlt.models.files import CONFIG, WEIGHTS, load_model, save_model
+from hqlt.models.files import CONFIG, IDENTITY, INDEX, WEIGHTS, load_model, save_model
 from tests.helpers import only_memory
 
 HYBRID = (
@@ -65,7 +65,8 @@ def test_two_readable_files_are_written(tmp_path):
     model = small_model(memory=HYBRID, num_hidden_layers=4)
     save_model(model, str(tmp_path))
     assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
-    assert json.loads((tmp_path / CONFIG).read_text()) == json.loads(json.dumps(model.config.to_dict()))
+    values = json.loads((tmp_path / CONFIG).read_text())
+    assert values == {**IDENTITY, **json.loads(json.dumps(model.config.to_dict()))}
     assert load_model(str(tmp_path)).config == model.config
 
 
@@ -82,6 +83,29 @@ def test_saving_replaces_an_older_model(tmp_path):
     save_model(model, tmp_path)
     assert load_model(tmp_path).config == model.config
     assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_shards_of_an_older_model_do_not_survive(tmp_path):
+    (tmp_path / INDEX).write_text('{"weight_map": {"embedding.weight": "model-1.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match="holds no config"):
+        load_model(tmp_path)
+    model = small_model()
+    save_model(model, tmp_path)
+    assert load_model(tmp_path).config == model.config
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    save_model(small_model(), tmp_path)
+    (tmp_path / INDEX).write_text('{"weight_map": {"embedding.weight": "model-1.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"holds no model-1\.safetensors"):
+        load_model(tmp_path)
+
+
+def test_a_published_model_is_not_ours(tmp_path):
+    save_model(small_model(), tmp_path)
+    (tmp_path / CONFIG).write_text('{"model_type": "delta_net"}')
+    with pytest.raises(ValueError, match="model_type='delta_net' is not 'hqlt'; published formats are read by"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])

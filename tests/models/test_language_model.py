@@ -349,7 +349,7 @@ def test_bad_states():
 
 def test_bad_labels():
     model, tokens = small_model(), ids(2, 5)
-    with pytest.raises(ValueError, match=r"labels have shape \(2, 4\) but input_ids \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"labels have shape \(2, 4\) but the input has \(2, 5\)"):
         model.loss(tokens, tokens[:, 1:])
     with pytest.raises(TypeError, match=r"labels .* not torch.float32"):
         model.loss(tokens, tokens.float())

@@ -1,0 +1,294 @@
+"""Adapters to transformers: the plain model behind the interfaces that its users know.
+
+Importing this module registers the classes with ``AutoConfig``, ``AutoModel`` and ``AutoModelForCausalLM``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from hqlt.layers.linear import Linear
+from hqlt.layers.state import ModelState
+from hqlt.models.cache import HQLTCache
+from hqlt.models.configuration_hqlt import HQLTConfig
+from hqlt.models.language_model import LanguageModel, shifted
+
+
+class HQLTPreTrainedModel(PreTrainedModel):
+    """What the models share: the plain model under ``model``, its initialisation and its embeddings."""
+
+    config_class = HQLTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    config: HQLTConfig
+    model: LanguageModel
+
+    def __init__(self, config: HQLTConfig) -> None:
+        super().__init__(config)
+        self.model = LanguageModel(config.model)
+        if self.model.norm.weight.device.type != "meta":
+            # Drawn above, in the order of the plain model: the same seed gives the same weights.
+            for module in self.modules():
+                module._is_hf_initialized = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.model.init_module(module)
+        self.model.rescale_module(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding."""
+        return self.model.embedding
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding; the vocabulary becomes as large as it is."""
+        self.model.set_embedding(value)
+
+    def _collected(self, hidden_states: bool | None, attentions: bool | None) -> list[Tensor] | None:
+        """Where to collect hidden states, if they are wanted."""
+        if attentions or (attentions is None and self.config.output_attentions):
+            raise ValueError(
+                "output_attentions: there are no attention weights to return, half of the memory is a matrix"
+            )
+        return [] if (self.config.output_hidden_states if hidden_states is None else hidden_states) else None
+
+    def _run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        cu_seqlens: Tensor | None,
+        hidden_states: list[Tensor] | None,
+    ) -> tuple[Tensor, ModelState, Tensor | None]:
+        """Hidden states [B, T, D], the next state and the mask of the new tokens."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        if input_ids is not None:
+            self.model.check_ids(input_ids)
+            inputs_embeds = self.model.embedding(input_ids)
+        assert inputs_embeds is not None
+        past = _own(past_key_values)
+        mask = _new_part(attention_mask, inputs_embeds.shape[1], 0 if past is None else past.get_seq_length())
+        state = None if past is None else past.state
+        if past is not None and state is None and past.is_croppable:
+            state = self.model.empty_state(inputs_embeds.shape[0]).track()
+        hidden, state = self.model.encode(
+            inputs_embeds,
+            state,
+            attention_mask=mask,
+            cu_seqlens=cu_seqlens,
+            hidden_states=hidden_states,
+        )
+        return hidden, state, mask
+
+    def _next_cache(
+        self, past: Cache | None, state: ModelState, tokens: int, use_cache: bool | None
+    ) -> HQLTCache | None:
+        if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
+            return None
+        cache = _own(past)
+        cache = HQLTCache() if cache is None else cache
+        cache.advance(state, tokens)
+        return cache
+
+
+class HQLTModel(HQLTPreTrainedModel):
+    """Embedding, blocks and final norm of an HQLT."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]  # noqa: RUF012
+
+    def __init__(self, config: HQLTConfig) -> None:
+        super().__init__(config)
+        self.model.head = nn.Identity()  # type: ignore[assignment]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states after the final norm; arguments as :meth:`HQLTForCausalLM.forward`."""
+        layers = self._collected(output_hidden_states, output_attentions)
+        hidden, state, _ = self._run(
+            input_ids, inputs_embeds, attention_mask, past_key_values, cu_seq_lens_q, layers
+        )  # fmt: skip
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache),
+            hidden_states=_with_last(layers, hidden),
+        )
+
+
+class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
+    """An HQLT language model for transformers: loading, saving, generation, fine-tuning.
+
+    ``model`` is the plain :class:`hqlt.LanguageModel`. The cache is an :class:`HQLTCache`, whose size does not grow
+    with the text where every KV memory has a window.
+    """
+
+    _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}  # noqa: RUF012
+
+    def __init__(self, config: HQLTConfig) -> None:
+        super().__init__(config)
+        self.post_init()
+
+    @classmethod
+    def of(cls, model: LanguageModel, **values: Any) -> HQLTForCausalLM:
+        """Around a plain model, whose weights it shares; ``values`` are fields of transformers' configuration."""
+        with torch.device("meta"):
+            adapter = cls(HQLTConfig.of(model.config, **values))
+        adapter.model = model
+        adapter.train(model.training)
+        return adapter
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The head."""
+        return self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        """Replace the head's weight."""
+        width, size = new_embeddings.in_features, new_embeddings.out_features
+        self.model.head = Linear(width, size, bias=False, device="meta")
+        self.model.head.weight = new_embeddings.weight
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        skip_logits: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Logits of the next token and, with labels, the loss.
+
+        Args:
+            input_ids: [B, T] token ids; or ``inputs_embeds`` [B, T, D] in their place.
+            attention_mask: 1 at real tokens, for the new ones [B, T] or for all since the cache was empty.
+            past_key_values: the :class:`HQLTCache` of an earlier call, which is advanced in place.
+            labels: [B, T], −100 is ignored; shifted here.
+            use_cache: whether to return the cache; by default in evaluation mode.
+            output_hidden_states: also return what enters each block, and the last hidden states.
+            output_attentions: must not be True: FW memory has no attention weights.
+            logits_to_keep: how many last positions, or which positions, get logits; 0 is all.
+            num_items_in_batch: divides the summed loss instead of the number of targets (gradient accumulation).
+            cu_seq_lens_q: borders 0, …, T of documents packed into one row.
+            skip_logits: with labels, return the loss alone and never hold the logits of all positions; by default in
+                training.
+
+        Raises:
+            TypeError, ValueError: as :meth:`hqlt.LanguageModel.forward`; a cache of another kind or model.
+        """
+        layers = self._collected(output_hidden_states, output_attentions)
+        if past_key_values is not None and (inputs_embeds, labels, layers, cu_seq_lens_q) == (None,) * 4:
+            logits = self._compiled_step(input_ids, attention_mask, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        hidden, state, mask = self._run(
+            input_ids, inputs_embeds, attention_mask, past_key_values, cu_seq_lens_q, layers
+        )  # fmt: skip
+        loss = None
+        if labels is not None:
+            targets = shifted(labels.to(hidden.device), hidden.shape[:2], mask, cu_seq_lens_q)
+            loss = self.model.target_loss(hidden, targets, num_items_in_batch)
+        skip = labels is not None and (self.training if skip_logits is None else skip_logits)
+        kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=None if skip else self.model.head(hidden[:, kept]),
+            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache),
+            hidden_states=_with_last(layers, hidden),
+        )
+
+    def _compiled_step(self, input_ids: Tensor | None, mask: Tensor | None, past: Cache) -> Tensor | None:
+        """Logits [B, 1, V] from the cache's decoder; None where it has none, or for more than a token per document."""
+        cache = _own(past)
+        if cache is None or input_ids is None or input_ids.shape[1] != 1:
+            return None
+        if _new_part(mask, 1, cache.get_seq_length()) is not None:
+            return None
+        logits = cache.step(input_ids[:, 0])
+        return None if logits is None else logits[:, None]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
+        if generation_config.use_cache is False:
+            return
+        if generation_config.cache_implementation is not None:
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} is not for this model, whose memory "
+                "has a fixed size; for compiled steps pass past_key_values=HQLTCache(decoder=hqlt.Decoder(model.model))"
+            )
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HQLTCache()
+        if generation_config.is_assistant:
+            model_kwargs["past_key_values"].activate_past_recording()
+
+
+def _own(cache: Cache | None) -> HQLTCache | None:
+    if cache is None or isinstance(cache, HQLTCache):
+        return cache
+    raise TypeError(
+        f"past_key_values must be an HQLTCache, not {type(cache).__name__}: this model has two memories; "
+        "pass HQLTCache() or leave it out"
+    )
+
+
+def _new_part(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
+    """The columns of a mask that belong to the new tokens; None where all are real."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[-1] not in (tokens, past + tokens):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; expected {tokens} columns for the new tokens "
+            f"or {past + tokens} for all since the cache was empty"
+        )
+    new = mask[:, -tokens:]
+    return None if bool((new == 1).all()) else new
+
+
+def _with_last(layers: list[Tensor] | None, hidden: Tensor) -> tuple[Tensor, ...] | None:
+    """Inputs of the blocks and, as transformers has it, the normalised output in place of the last block's."""
+    return None if layers is None else (*layers[:-1], hidden)
+
+
+AutoConfig.register("hqlt", HQLTConfig)
+AutoModel.register(HQLTConfig, HQLTModel)
+AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM)
