@@ -6,6 +6,8 @@ from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.layers import HybridMemory, MemoryState, ModelState
 from hqlt.models import Decoder, LanguageModel, SequenceModel, layer_from_reference, model_from_reference
 from hqlt.models.files import load_model, save_model
+from hqlt.models.state_files import load_state, pack_state, save_state, unpack_state
+from hqlt.models.streaming import StreamScore
 from hqlt.ops import delta_rule, gated_delta_rule, linear_attention, window_attention
 
 if TYPE_CHECKING:
@@ -25,13 +27,18 @@ __all__ = [
     "ModelConfig",
     "ModelState",
     "SequenceModel",
+    "StreamScore",
     "delta_rule",
     "gated_delta_rule",
     "layer_from_reference",
     "linear_attention",
     "load_model",
+    "load_state",
     "model_from_reference",
+    "pack_state",
     "save_model",
+    "save_state",
+    "unpack_state",
     "window_attention",
 ]
 

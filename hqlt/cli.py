@@ -1,11 +1,16 @@
-"""Command line: `hqlt quickstart`, `hqlt bench`."""
+"""Command line: `hqlt quickstart`, `hqlt generate`, `hqlt chat`, `hqlt convert`, `hqlt bench`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hqlt.speak import Sampling, Speaker
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,8 +52,66 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and sampling (default: 0)")
     command.add_argument("--workers", type=_workers, help="runs at a time (default: one per core)")
     command.set_defaults(run=_quickstart)
+    _add_speech(commands)
+    _add_score(commands)
+    _add_convert(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text with a model",
+        description="Print a prompt and what the model makes of it, token by token. The folder of the model holds "
+        "config.json and model.safetensors, and tokenizer.json unless it reads bytes.",
+    )
+    generate.add_argument("--prompt", help="text to continue (default: standard input)")
+    generate.add_argument("--stats", action="store_true", help="speed and size of the memories, on standard error")
+    generate.add_argument("--save-state", type=Path, metavar="FILE", help="write the memories at the end")
+    generate.set_defaults(run=_generate)
+    chat = commands.add_parser(
+        "chat",
+        help="continue a text turn by turn",
+        description="Type a text and the model goes on; it keeps its memories from turn to turn. /help lists commands.",
+    )
+    chat.add_argument("--stop", default="\n", help="an answer ends with this text (default: a line break)")
+    chat.set_defaults(run=_chat)
+    for command in (generate, chat):
+        command.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of the model")
+        command.add_argument("--state", type=Path, metavar="FILE", help="go on from memories that were saved")
+        command.add_argument("--max-new-tokens", type=_count, default=200, help="default: %(default)s")
+        command.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest (default: 0.8)")
+        command.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
+        command.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
+        command.add_argument("--compile", action="store_true", help="compile the step: slow start, fast tokens")
+
+
+def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "score",
+        help="bits per token of a text of any length, in constant memory",
+        description="Read a text file as one document and print how well a model predicts it. Interrupt and repeat at "
+        "will: with --progress the work done is kept.",
+    )
+    command.add_argument("file", type=Path, help="UTF-8 text")
+    command.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of the model")
+    command.add_argument("--progress", type=Path, metavar="FILE", help="where to keep the work done, and go on from it")
+    command.add_argument("--chunk-size", type=_count, default=4096, help="tokens read at a time (default: 4096)")
+    command.set_defaults(run=_score)
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "convert",
+        help="convert checkpoints from and to the published formats",
+        description="A published checkpoint of HQLT, DeltaNet or Transformer++ becomes a model of this library, and a "
+        "model of this library becomes a published checkpoint.",
+    )
+    command.add_argument("source", type=Path, help="folder with config.json and weights, or a file of weights")
+    command.add_argument("target", type=Path, help="new folder")
+    command.add_argument("--config", type=Path, help="configuration of a file of weights (default: beside it)")
+    command.set_defaults(run=_convert)
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -83,6 +146,49 @@ def _quickstart(options: argparse.Namespace) -> int:
     from hqlt.quickstart import quickstart
 
     quickstart(options.output, options.seed, options.workers)
+    return 0
+
+
+def _speaker(options: argparse.Namespace) -> tuple[Speaker, Sampling]:
+    from hqlt.models.generation import check_sampling
+    from hqlt.speak import Sampling, Speaker
+
+    check_sampling(options.temperature, options.top_p)
+    stop = getattr(options, "stop", None)
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, stop)
+    return Speaker(options.model, options.compile, options.state), sampling
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from hqlt.speak import generate_text
+
+    speaker, sampling = _speaker(options)
+    prompt = sys.stdin.read() if options.prompt is None else options.prompt
+    generate_text(speaker, prompt, sampling, options.save_state, options.stats)
+    return 0
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from hqlt.speak import chat
+
+    with contextlib.suppress(ImportError):  # line editing, where the platform has it
+        import readline  # noqa: F401
+    speaker, sampling = _speaker(options)
+    chat(speaker, sampling, lambda: input("> "))
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from hqlt.score import score_file
+
+    print(score_file(options.model, options.file, options.progress, options.chunk_size))
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from hqlt.models.conversion import convert
+
+    print(convert(options.source, options.target, options.config))
     return 0
 
 

@@ -59,7 +59,9 @@ def bench(
     rounds, path = repeats or REPEATS[suite], output or Path("runs") / "bench" / f"{suite}.json"
     settings = {"memory": "kept in the process" if keep_memory else "the allocator's defaults"}
     if suite in ("ops", "layer") and transformers_fallback() is None:
-        print("transformers' fallback is left out; to compare with it: pip install 'hqlt[transformers]'", file=sys.stderr)
+        print(
+            "transformers' fallback is left out; to compare with it: pip install 'hqlt[transformers]'", file=sys.stderr
+        )
     if suite == "train":
         settings["bfloat16 instructions"] = has_bfloat16()
     suites: dict[str, Iterator[list[Record]]] = {

@@ -79,13 +79,11 @@ class Decoder:
         """
         if self.model.training:
             raise ValueError("the model is in training mode; call model.eval() before decoding")
-        if len(state.layers) != len(self._memories):
-            raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self._memories)}")
+        self.model.check_state(state)
         weight = self.model.head.weight
         kind = _Kind(weight.dtype, weight.device, state.batch_size, torch.get_num_threads())
         buffers = []
         for memory, layer in zip(self._memories, state.layers, strict=True):
-            memory.check_state(layer)
             size = self._spans[memory.schedule].size
             parts = {name: kind.convert(name, x) for name, x in _parts(layer).items()}
             aligned = {name: _aligned(x, layer.held, size) for name, x in parts.items() if name in PER_TOKEN}

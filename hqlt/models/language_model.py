@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from hqlt.layers.norm import make_dropout
 from hqlt.layers.segments import Segments
 from hqlt.layers.state import ModelState
 from hqlt.layers.update_rules import GatedDeltaRule
+from hqlt.models.streaming import StreamScore, Tokens, stream
 
 IGNORE = -100
 # Bytes of float32 logits that a loss makes at a time; more are computed again for their gradient instead of kept.
@@ -96,8 +98,8 @@ class SequenceModel(nn.Module):
             block.memory.check_input(x)  # type: ignore[union-attr, operator]
         if state is not None and not isinstance(state, ModelState):
             raise TypeError(f"state must be a ModelState, not {type(state).__name__}")
-        if state is not None and len(state.layers) != len(self.blocks):
-            raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self.blocks)}")
+        if state is not None:
+            self._check_depth(state)
         past = None if state is None else state.position
         segments = Segments((x.shape[0], x.shape[1]), past, attention_mask, cu_seqlens, x.device)
         packed: list[Tensor] | None = None if hidden_states is None else []
@@ -105,6 +107,16 @@ class SequenceModel(nn.Module):
         if hidden_states is not None and packed is not None:
             hidden_states.extend(segments.unpack(h) for h in packed)
         return segments.unpack(y), state
+
+    def check_state(self, state: ModelState) -> None:
+        """The state has the layers, parts and sizes of this model; calls of the model check it too."""
+        self._check_depth(state)
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            block.memory.check_state(layer)  # type: ignore[union-attr, operator]
+
+    def _check_depth(self, state: ModelState) -> None:
+        if len(state.layers) != len(self.blocks):
+            raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self.blocks)}")
 
     def empty_state(self, documents: int) -> ModelState:
         """The state of N documents before their first token: what a state of None means."""
@@ -239,6 +251,28 @@ class LanguageModel(SequenceModel):
     def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.head(hidden)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+
+    def stream(
+        self, tokens: Tokens, *, chunk_size: int = 4096, start: StreamScore | None = None
+    ) -> Iterator[StreamScore]:
+        """Score a stream of any length in constant memory (where every KV memory has a window).
+
+        Args:
+            tokens: ids of one text, one by one or in lists, 1-D tensors or bytes.
+            chunk_size: tokens that the model reads at a time; changes a result by rounding only.
+            start: the score to go on from: the stream then begins after the ``start.read`` tokens that it has read.
+
+        Yields:
+            the score so far, after every chunk.
+
+        Raises:
+            TypeError, ValueError: tokens that are no ids of the vocabulary, a chunk size below 1, training mode.
+        """
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(f"chunk_size={chunk_size!r} must be an int of at least 1")
+        if self.training:
+            raise ValueError("the model is in training mode; call model.eval() before scoring")
+        return stream(self, tokens, chunk_size, start)
 
     def check_ids(self, input_ids: Tensor) -> None:
         """Integer ids [B, T] of the vocabulary."""

@@ -6,7 +6,7 @@ import torch
 
 from hqlt import LanguageModel, MemoryConfig, ModelConfig
 from hqlt.models import generation
-from hqlt.models.generation import generate
+from hqlt.models.generation import Continuation, generate
 from tests.helpers import only_memory
 
 VOCABULARY = 23
@@ -32,13 +32,8 @@ def sharp_model(**memory: object) -> LanguageModel:
 def fixed_logits(monkeypatch: pytest.MonkeyPatch, probabilities: list[float]) -> LanguageModel:
     """A model that gives its tokens these probabilities whatever the text."""
     model = sharp_model()
-    forward = LanguageModel.forward
-
-    def constant(self, input_ids, state=None):
-        logits, state = forward(self, input_ids, state)
-        return torch.tensor(probabilities).log().expand(*logits.shape[:2], -1), state
-
-    monkeypatch.setattr(LanguageModel, "forward", constant)
+    logits = torch.tensor(probabilities).log()
+    monkeypatch.setattr(model.head, "forward", lambda hidden: logits.expand(*hidden.shape[:-1], -1))
     return model
 
 
@@ -178,3 +173,31 @@ def test_impossible_requests_are_refused(options, message):
 def test_a_prompt_of_floats_is_refused():
     with pytest.raises(TypeError, match="int64"):
         list(generate(sharp_model(), PROMPT.float(), 3))
+
+
+@pytest.mark.parametrize("piece", [1, 3, 100])
+@pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
+def test_turns_of_a_continuation(memory, piece, monkeypatch):
+    model, text = sharp_model(**memory), Continuation(sharp_model(**memory))
+    monkeypatch.setattr(generation, "READ_TOKENS", piece)
+    whole = torch.empty(0, dtype=torch.long)
+    for turn in (PROMPT, PROMPT[:1], PROMPT[:4]):
+        whole = torch.cat([whole, turn])
+        expected = list(generate(model, whole, 5, temperature=0))
+        text.read(turn)
+        answer = [token for _, token in zip(range(5), text.sample(9, temperature=0), strict=False)]
+        assert answer == expected
+        whole = torch.cat([whole, torch.tensor(answer)])
+        again = Continuation(model, text.state)
+        again.read(PROMPT[:2])
+        assert list(again.sample(3, temperature=0)) == list(
+            generate(model, torch.cat([whole, PROMPT[:2]]), 3, temperature=0)
+        )
+        assert int(text.state.position) == len(whole)
+
+
+def test_a_continuation_without_a_text():
+    text = Continuation(sharp_model())
+    assert text.state is None
+    with pytest.raises(RuntimeError, match="read a prompt before sampling"):
+        next(text.sample(1))

@@ -1,0 +1,149 @@
+"""States as flat tensors and as files: a long prefix is read once and continued often, in less memory if wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hqlt.files import atomic
+from hqlt.layers.state import MemoryState, ModelState
+
+if TYPE_CHECKING:
+    from hqlt.models.language_model import SequenceModel
+
+STORAGES = ("exact", "bfloat16", "int8")
+# The two memories; the gates and the convolution's inputs beside them are small and stay exact.
+MEMORIES = ("fast_weight", "key", "value")
+FORMAT = {"format": "hqlt state", "version": "1"}
+SCALE, LIKE = ".scale", ".like"
+
+
+def pack_state(state: ModelState, storage: str = "exact") -> dict[str, Tensor]:
+    r"""A state as named tensors that share nothing with it but memory.
+
+    Args:
+        state: what it tracks is left out.
+        storage: of the two memories. ``exact``; ``bfloat16`` rounds to 8 bits of precision; ``int8`` keeps
+            :math:`\mathrm{round}(127\,x / \max|x|)` and the maximum of each row over the last axis: of a key, a value,
+            or what the fast weight holds for one key dimension.
+
+    Returns:
+        tensors ``LAYER.PART``, for :func:`unpack_state`.
+
+    Raises:
+        ValueError: an unknown storage, or int8 of values that are not finite.
+    """
+    if storage not in STORAGES:
+        raise ValueError(f"storage={storage!r} is unknown; choose one of {', '.join(STORAGES)}")
+    tensors = {}
+    for n, layer in enumerate(state.layers):
+        for part, x in layer.tensors().items():
+            name = f"{n}.{part}"
+            if storage == "exact" or part not in MEMORIES:
+                tensors[name] = x
+                continue
+            tensors[name + LIKE] = x.new_empty(0)
+            if storage == "bfloat16":
+                tensors[name] = x.bfloat16()
+            else:
+                tensors[name], tensors[name + SCALE] = _to_int8(x, name)
+    return tensors
+
+
+def _to_int8(x: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    if not bool(x.isfinite().all()):
+        raise ValueError(f"{name} holds values that are not finite; int8 cannot store them")
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = wide.abs().amax(-1, keepdim=True) / 127
+    codes = (wide / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round().to(torch.int8)
+    return codes, scale.float()
+
+
+def unpack_state(tensors: dict[str, Tensor]) -> ModelState:
+    """The state that :func:`pack_state` packed, in its dtypes.
+
+    Raises:
+        ValueError: tensors that are missing or unknown.
+    """
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        layer, _, part = name.partition(".")
+        if part.endswith((SCALE, LIKE)):
+            continue
+        if not layer.isdecimal() or part not in MemoryState.__dataclass_fields__ or part == "history":
+            raise ValueError(f"{name!r} is no part of a state")
+        like = tensors.get(name + LIKE)
+        if like is not None:
+            scale = tensors.get(name + SCALE)
+            x = x.to(like.dtype) if scale is None else (x * scale).to(like.dtype)
+        layers.setdefault(int(layer), {})[part] = x
+    if sorted(layers) != list(range(len(layers))) or not layers:
+        raise ValueError(f"a state has layers 0, 1, …; these are {sorted(layers)}")
+    if any({"position", "held"} - set(parts) for parts in layers.values()):
+        raise ValueError("a layer of the state has no position; the tensors are not those of pack_state")
+    return ModelState(tuple(MemoryState(history=None, **layers[n]) for n in range(len(layers))))
+
+
+def save_state(state: ModelState, path: Path | str, storage: str = "exact") -> None:
+    """Write a state to a safetensors file that is whole or absent; ``storage`` as for :func:`pack_state`."""
+    save_tensors(pack_state(state, storage), path, {**FORMAT, "storage": storage})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
+    """Write tensors, some of which may share memory, to a safetensors file that is whole or absent."""
+    own = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+    with atomic(Path(path)) as temporary:
+        save_file(own, temporary, metadata=metadata)
+
+
+def load_tensors(path: Path | str, metadata: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file with this metadata.
+
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: a truncated or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {metadata['format']} at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+            if {name: found.get(name) for name in metadata} != metadata:
+                raise ValueError(f"{path} is not a {metadata['format']} that this version has written")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"the {metadata['format']} in {path} is damaged: {error}") from error
+
+
+def load_state(path: Path | str, model: SequenceModel | None = None) -> ModelState:
+    """The state that :func:`save_state` wrote.
+
+    Args:
+        path: the file.
+        model: that is to continue it: the state is checked against it and moved to its device.
+
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: a truncated or foreign file, or a state of another model.
+    """
+    state = unpack_state(load_tensors(path, FORMAT))
+    if model is None:
+        return state
+    try:
+        model.check_state(state)
+    except ValueError as error:
+        raise ValueError(f"the state in {path} does not fit the model: {error}") from error
+    device = model.norm.weight.device
+    return ModelState(tuple(_to_device(layer, device) for layer in state.layers))
+
+
+def _to_device(layer: MemoryState, device: torch.device) -> MemoryState:
+    on_host = ("position", "held")
+    parts = {name: x if name in on_host else x.to(device) for name, x in layer.tensors().items()}
+    return MemoryState(history=None, **parts)

@@ -1,0 +1,144 @@
+"""Scoring a stream of tokens of any length in constant memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hqlt.layers.state import ModelState
+from hqlt.models.state_files import load_tensors, pack_state, save_tensors, unpack_state
+
+if TYPE_CHECKING:
+    from hqlt.models.language_model import LanguageModel
+
+Tokens = Iterable[int] | Iterable[Tensor] | Iterable[list[int]] | Iterable[bytes]
+FORMAT = {"format": "hqlt stream", "version": "1"}
+
+
+@dataclass(frozen=True)
+class StreamScore:
+    """How well a model has predicted a stream so far, and all that is needed to go on.
+
+    Attributes:
+        read: tokens read. All but the first have been scored.
+        nats: −Σ ln p(token | all tokens before it), in float64.
+        state: after all tokens but the last.
+        last: the last token, which the model has yet to read.
+    """
+
+    read: int = 0
+    nats: float = 0.0
+    state: ModelState | None = None
+    last: int | None = None
+
+    @property
+    def scored(self) -> int:
+        """Tokens that were predicted."""
+        return max(0, self.read - 1)
+
+    @property
+    def bits_per_token(self) -> float:
+        """Mean −log₂ p of a token; NaN before the second token."""
+        return self.nats / math.log(2) / self.scored if self.scored else math.nan
+
+    def save(self, path: Path | str) -> None:
+        """Write a safetensors file that is whole or absent."""
+        if self.last is None:
+            raise ValueError("nothing was read yet")
+        tensors = {} if self.state is None else pack_state(self.state)
+        counts = {"read": torch.tensor(self.read), "nats": torch.tensor(self.nats, dtype=torch.float64)}
+        save_tensors({**tensors, **counts, "last": torch.tensor(self.last)}, path, FORMAT)
+
+    @classmethod
+    def load(cls, path: Path | str, model: LanguageModel) -> StreamScore:
+        """What :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: no file.
+            ValueError: a truncated or foreign file, or a stream that another model has read.
+        """
+        tensors = load_tensors(path, FORMAT)
+        read, nats, last = (tensors.pop(name).item() for name in ("read", "nats", "last"))
+        state = unpack_state(tensors) if tensors else None
+        if state is not None:
+            try:
+                model.check_state(state)
+            except ValueError as error:
+                raise ValueError(f"the stream in {path} does not fit the model: {error}") from error
+        return cls(int(read), nats, state, int(last))
+
+
+@torch.no_grad()
+def stream(model: LanguageModel, tokens: Tokens, chunk_size: int, start: StreamScore | None) -> Iterator[StreamScore]:
+    """Yield the score after every ``chunk_size`` tokens and after the last: see :meth:`hqlt.LanguageModel.stream`."""
+    score = start or StreamScore()
+    for chunk in _chunks(tokens, chunk_size):
+        ids = chunk if score.last is None else torch.cat([chunk.new_tensor([score.last]), chunk])
+        nats, state = score.nats, score.state
+        if len(ids) > 1:
+            device = model.norm.weight.device
+            hidden, state = model.hidden_states(ids[None, :-1].to(device), state)
+            nats += _nats(model, hidden[0], ids[1:].to(device))
+        else:
+            model.check_ids(ids[None])
+        score = StreamScore(score.read + len(chunk), nats, state, int(ids[-1]))
+        yield score
+
+
+def _nats(model: LanguageModel, hidden: Tensor, targets: Tensor) -> float:
+    model.check_ids(targets[None])
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for rows, wanted in zip(hidden.split(PIECE), targets.split(PIECE), strict=True):
+        logits = model.head(rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total += F.cross_entropy(logits, wanted, reduction="none").double().sum()
+    return float(total)
+
+
+# Positions whose logits are made at a time.
+PIECE = 1024
+
+
+def _chunks(tokens: Tokens, size: int) -> Iterator[Tensor]:
+    """Tensors of ``size`` ids and a shorter last one."""
+    waiting = torch.empty(0, dtype=torch.long)
+    for piece in _pieces(tokens, size):
+        waiting = torch.cat([waiting, piece])
+        whole = len(waiting) // size * size
+        if whole:
+            yield from waiting[:whole].split(size)
+            waiting = waiting[whole:]
+    if len(waiting):
+        yield waiting
+
+
+def _pieces(tokens: Tokens, size: int) -> Iterator[Tensor]:
+    """What a stream yields as tensors; single ids are gathered first."""
+    singles: list[int] = []
+    for item in tokens:
+        if isinstance(item, int) and not isinstance(item, bool):
+            singles.append(item)
+        if singles and (len(singles) == size or not isinstance(item, int)):
+            yield torch.tensor(singles)
+            singles = []
+        if not isinstance(item, int) or isinstance(item, bool):
+            yield _ids(item)
+    if singles:
+        yield torch.tensor(singles)
+
+
+def _ids(item: object) -> Tensor:
+    if isinstance(item, (bytes, bytearray)):
+        item = list(item)
+    ids = torch.as_tensor(item, dtype=torch.long if isinstance(item, list) and not item else None)
+    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        kind = f"{ids.dtype} of shape {tuple(ids.shape)}"
+        raise TypeError(f"a stream yields ids, or lists, 1-D tensors or bytes of them, not {kind}")
+    return ids.long()
