@@ -50,6 +50,12 @@ class Speaker:
         self.model = load_model(folder)
         self.tokenizer = load_tokenizer(folder, self.model.config.vocab_size)
         self.decoder = Decoder(self.model) if compiled else None
+        if self.decoder is not None:
+            print("compiling the step …", end="", flush=True, file=sys.stderr)
+            begin = time.perf_counter()
+            self.decoder.load(self.model.empty_state(1))
+            self.decoder(torch.zeros(1, dtype=torch.long))
+            print(f" {time.perf_counter() - begin:.0f} s", file=sys.stderr)
         self.text = Continuation(self.model, None, self.decoder)
         self.read_tokens, self.read_seconds, self.wrote_tokens, self.wrote_seconds = 0, 0.0, 0, 0.0
         if state is not None:

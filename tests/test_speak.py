@@ -1,6 +1,8 @@
 """`hqlt generate`, `hqlt chat`, `hqlt score` and `hqlt convert`, as they are called."""
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -108,23 +110,8 @@ def test_what_cannot_be_done(arguments, message, tmp_path, monkeypatch, capsys):
 def test_chat(tmp_path, capsys, monkeypatch):
     model = make(tmp_path / "m")
     state = str(tmp_path / "state")
-    lines = iter(
-        [
-            "ab",
-            "cd",
-            "/undo",
-            "cd",
-            "/stats",
-            f"/save {state}",
-            "/reset",
-            "ab",
-            f"/load {state}",
-            "ef",
-            "/save",
-            "/x",
-            "",
-        ]
-    )
+    said = f"ab|cd|/undo|cd|/stats|/save {state}|/reset|ab|/load {state}|ef|/save|/x|"
+    lines = iter(said.split("|"))
 
     def ask(_: str) -> str:
         print("\n@", end="")
@@ -170,10 +157,9 @@ def test_score_is_the_loss_of_the_text(tmp_path, capsys, monkeypatch):
     assert main(arguments) == 0
     out = capsys.readouterr().out
     ids = torch.tensor([list(text.encode())])
-    bits = float(model.loss(ids)[0]) / 0.6931471805599453
-    assert out.startswith(
-        f"{bits:.4f} bits per token, {bits * (ids.numel() - 1) / ids.numel():.4f} bits per byte over "
-    )
+    bits = model.loss(ids)[0].item() / math.log(2)
+    per_byte = bits * (ids.numel() - 1) / ids.numel()
+    assert out.startswith(f"{bits:.4f} bits per token, {per_byte:.4f} bits per byte over ")
 
     # Interrupted in the middle, then run again.
     stream, calls = hqlt.LanguageModel.stream, []
@@ -232,3 +218,16 @@ def test_bytes_become_text_when_they_are_complete():
     ids = ByteTokenizer().encode("aü語\udcff")
     assert ids == [*"aü語".encode(), 255]
     assert [step(n) for n in ids] == ["a", "", "ü", "", "", "語", "�"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_step_says_the_same(tmp_path, capsys):
+    make(tmp_path / "m")
+    options = ["generate", "--model", str(tmp_path / "m"), "--prompt", "abc", *GREEDY]
+    assert main(options) == 0
+    expected = capsys.readouterr().out
+    assert main([*options, "--compile"]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert err.startswith("compiling the step … ")
