@@ -123,12 +123,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument(
         "suite",
-        choices=("ops", "layer", "train", "generate"),
+        choices=("ops", "layer", "train", "generate", "context"),
         help="ops: delta rules and window attention; layer: both reads and their blend over sequence lengths; "
-        "train: the quick start's models in float32 and bfloat16; generate: one token at a time",
+        "train: the quick start's models in float32 and bfloat16; generate: one token at a time; context: one token "
+        "after contexts of any length",
     )
     command.add_argument("--output", type=Path, help="JSON file (default: runs/bench/SUITE.json)")
-    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate 40)")
+    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate, context 40)")
     command.add_argument(
         "--seconds", type=_count, help="ops, layer: no round begins after this, but three are run (default: 60)"
     )
@@ -136,7 +137,12 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.add_argument(
         "--keep-freed-memory", dest="keep_memory", action="store_true", help="keep freed memory in the process (glibc)"
     )
-    command.add_argument("--lengths", type=_count, nargs="+", help="layer: sequence lengths (2048 4096 8192 16384)")
+    command.add_argument(
+        "--lengths",
+        type=_count,
+        nargs="+",
+        help="layer: of sequences (2048 4096 8192 16384); context: of contexts (1024 16384 262144)",
+    )
     command.add_argument("--plot", type=Path, help="layer: SVG file of cost against length")
     command.add_argument("--other", type=Path, help="generate: another checkout of hqlt to measure in the same rounds")
     command.set_defaults(run=_bench)

@@ -1,4 +1,4 @@
-"""One token of a 4-layer, 256-wide model: the model's own step, the compiled step, and the step of another checkout."""
+"""One token of a small and of a large model: the model's own step, the compiled step, that of another checkout."""
 
 from __future__ import annotations
 
@@ -22,8 +22,13 @@ from hqlt.models.language_model import LanguageModel
 CONFIG = ModelConfig(
     vocab_size=256, num_hidden_layers=4, memory=MemoryConfig(hidden_size=256, num_heads=4, window=64)
 )  # fmt: skip
+# Where reading the weights is nearly all the work.
+LARGE = ModelConfig(
+    vocab_size=256, num_hidden_layers=8, memory=MemoryConfig(hidden_size=1024, num_heads=8, window=64)
+)  # fmt: skip
 PROMPT = 200
 CHECKED = 16
+SECONDS = 120.0
 # Tokens in a turn: threads of another process still spin for a moment after its turn.
 BLOCK = 20
 EAGER, COMPILED, OTHER = "model(token, state)", "Decoder (compiled)", "model(token, state), other checkout"
@@ -86,18 +91,24 @@ class _OtherCheckout:
         self._folder.cleanup()
 
 
-@torch.no_grad()
 def bench_generate(repeats: int, other: Path | None) -> Iterator[list[Record]]:
     """Tokens after a prompt of 200, one at a time, against the time it takes to read the weights as often.
 
     Args:
+        repeats: rounds at most.
         other: directory of another checkout, whose step is measured in the same rounds (in a process of its own, since
             two versions of a package do not fit into one).
     """
+    yield _steps(CONFIG, repeats, other)
+    yield _steps(LARGE, repeats, None)
+
+
+@torch.no_grad()
+def _steps(config: ModelConfig, repeats: int, other: Path | None) -> list[Record]:
     torch.manual_seed(0)
-    model = LanguageModel(CONFIG).eval()
-    prompt = torch.randint(CONFIG.vocab_size, (1, PROMPT))
-    checked = torch.randint(CONFIG.vocab_size, (CHECKED,))
+    model = LanguageModel(config).eval()
+    prompt = torch.randint(config.vocab_size, (1, PROMPT))
+    checked = torch.randint(config.vocab_size, (CHECKED,))
     _, start = model(prompt)
     expected = model(torch.cat([prompt, checked[None]], 1))[0][0, PROMPT:]
     stepper, decoder = _Stepper(model, prompt), Decoder(model)
@@ -113,7 +124,7 @@ def bench_generate(repeats: int, other: Path | None) -> Iterator[list[Record]]:
         decoder.load(start)
         return relative_error(torch.stack([decoder(token.view(1))[0] for token in checked]), expected)
 
-    token, (memory, *_) = prompt[0, -1:], CONFIG.memories
+    token, (memory, *_) = prompt[0, -1:], config.memories
     contenders = [Contender(EAGER, stepper.step, eager_error)]
     try:
         decoder.load(start)
@@ -127,7 +138,7 @@ def bench_generate(repeats: int, other: Path | None) -> Iterator[list[Record]]:
         "threads": torch.get_num_threads(),
         "block": BLOCK,
         "memory": {"hidden_size": memory.hidden_size, "num_heads": memory.num_heads, "window": memory.window},
-        "model": {"vocab_size": CONFIG.vocab_size, "num_hidden_layers": CONFIG.num_hidden_layers},
+        "model": {"vocab_size": config.vocab_size, "num_hidden_layers": config.num_hidden_layers},
         "weights": model.state_dict(),
         "prompt": prompt,
         "checked": checked,
@@ -138,14 +149,14 @@ def bench_generate(repeats: int, other: Path | None) -> Iterator[list[Record]]:
         contenders.append(Contender(OTHER, checkout.step, lambda: relative_error(torch.load(answer), expected)))
     weights = torch.cat([p.flatten() for p in model.parameters()])
     try:
-        yield contest(
+        return contest(
             f"{BLOCK} tokens, {weights.numel() / 1e6:.1f} M weights",
             contenders,
             baseline=EAGER if checkout is None else OTHER,
             floor=lambda: [weights.sum() for _ in range(BLOCK)],
             tokens=BLOCK,
             repeats=repeats,
-            seconds=float("inf"),
+            seconds=SECONDS,
         )
     finally:
         if checkout is not None:

@@ -31,6 +31,7 @@ class Record:
         mebibytes: most memory that tensors made in the run held at a time.
         tokens: handled in a run.
         loss: after training.
+        state_kib: size of the state that is carried from token to token.
     """
 
     case: str
@@ -48,6 +49,7 @@ class Record:
     mebibytes: float | None = None
     tokens: int | None = None
     loss: float | None = None
+    state_kib: float | None = None
 
     @property
     def cells(self) -> dict[str, str]:
@@ -66,6 +68,8 @@ class Record:
             cells["peak MiB"] = f"{self.mebibytes:.1f}"
         if self.error is not None:
             cells["error"] = f"{self.error:.0e}"
+        if self.state_kib is not None:
+            cells["state KiB"] = f"{self.state_kib:,.0f}"
         if self.loss is not None:
             cells["loss"] = f"{self.loss:.3f}"
         return cells
@@ -73,7 +77,18 @@ class Record:
 
 def markdown(records: list[Record]) -> str:
     """A Markdown table, aligned to be read as it is."""
-    order = ["case", "implementation", "ms", "tokens/s", "speed-up", "× floor", "peak MiB", "loss", "error"]
+    order = [
+        "case",
+        "implementation",
+        "ms",
+        "tokens/s",
+        "speed-up",
+        "× floor",
+        "peak MiB",
+        "state KiB",
+        "loss",
+        "error",
+    ]
     rows = [record.cells for record in records]
     columns = [name for name in order if any(name in row for row in rows)]
     widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns}

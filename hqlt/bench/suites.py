@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from hqlt.allocator import keep_freed_memory
+from hqlt.bench.context import LENGTHS as CONTEXTS
+from hqlt.bench.context import bench_context
 from hqlt.bench.generate import bench_generate
 from hqlt.bench.layer import LENGTHS, bench_layer, plot_cost
 from hqlt.bench.ops import bench_ops, transformers_fallback
@@ -16,7 +18,7 @@ from hqlt.bench.record import Record, has_bfloat16, machine, markdown, save
 from hqlt.bench.train import bench_train
 
 SECONDS = 60.0
-REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40}
+REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40, "context": 40}
 
 
 def bench(
@@ -35,18 +37,18 @@ def bench(
     """Run a suite, print its table and write its JSON; whether every implementation agreed with the reference.
 
     Args:
-        suite: ``ops``, ``layer``, ``train`` or ``generate``.
+        suite: ``ops``, ``layer``, ``train``, ``generate`` or ``context``.
         output: JSON file, written after every case.
         repeats, seconds: as in :func:`hqlt.bench.contest`.
         threads: of torch.
-        lengths, plot: of ``layer``. other: of ``generate``.
+        lengths: of ``layer`` and ``context``. plot: of ``layer``. other: of ``generate``.
         keep_memory: whether to call :func:`hqlt.allocator.keep_freed_memory`.
         command: written beside the numbers.
 
     Raises:
         ValueError: an option that the suite does not have, or freed memory cannot be kept on this system.
     """
-    owners = {"seconds": ("ops", "layer"), "lengths": ("layer",), "plot": ("layer",), "other": ("generate",)}
+    owners = {"seconds": ("ops", "layer"), "lengths": ("layer", "context"), "plot": ("layer",), "other": ("generate",)}
     given = {"seconds": seconds, "lengths": lengths, "plot": plot, "other": other}
     for name, suites_of_option in owners.items():
         if given[name] is not None and suite not in suites_of_option:
@@ -69,6 +71,7 @@ def bench(
         "layer": bench_layer(tuple(lengths or LENGTHS), rounds, limit),
         "train": bench_train(rounds),
         "generate": bench_generate(rounds, other),
+        "context": bench_context(tuple(lengths or CONTEXTS), rounds),
     }
     records: list[Record] = []
     for found in suites[suite]:

@@ -8,7 +8,7 @@ import torch
 import hqlt
 from hqlt import recipes
 from hqlt.allocator import keep_freed_memory
-from hqlt.bench import Record, generate, layer, ops, suites, train
+from hqlt.bench import Record, context, generate, layer, ops, suites, train
 from hqlt.cli import main
 from hqlt.layers import update_rules
 from hqlt.models import Decoder
@@ -22,6 +22,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr("hqlt.bench.timing.GEMM_SIZE", 64)
     monkeypatch.setattr("hqlt.bench.timing.WARM_UP_RUNS", 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(generate, "LARGE", generate.CONFIG)
 
 
 def run(suite: str, folder: Path, *options: str) -> list[dict]:
@@ -133,7 +134,9 @@ def test_generate_beside_another_checkout(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "Decoder", functools.partial(Decoder, compile=False))
     monkeypatch.setattr(generate, "BLOCK", 2)
     records = run("generate", tmp_path, "--other", str(Path(hqlt.__file__).parents[1]))
-    assert [record["name"] for record in records] == [generate.EAGER, generate.COMPILED, generate.OTHER]
+    assert [record["name"] for record in records] == [
+        generate.EAGER, generate.COMPILED, generate.OTHER, generate.EAGER, generate.COMPILED,
+    ]  # fmt: skip
     assert all(record["error"] < 1e-4 for record in records)
 
 
@@ -144,8 +147,23 @@ def test_generate_without_a_compiler_leaves_the_compiled_step_out(tiny, tmp_path
 
     monkeypatch.setattr(generate, "Decoder", Uncompiled)
     monkeypatch.setattr(generate, "BLOCK", 2)
-    assert [record["name"] for record in run("generate", tmp_path)] == [generate.EAGER]
+    assert [record["name"] for record in run("generate", tmp_path)] == [generate.EAGER] * 2
     assert "left out" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_context(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(context, "Decoder", lambda model, compile: Decoder(model, compile=False))
+    monkeypatch.setattr(context, "BLOCK", 2)
+    monkeypatch.setattr(context, "PIECE", 70)
+    records = run("context", tmp_path, "--lengths", "300", "100", "100")
+    assert [(record["case"], record["name"]) for record in records] == [
+        (f"2 tokens, {kind}", f"after {n} tokens") for kind in (generate.EAGER, generate.COMPILED) for n in (100, 300)
+    ]
+    assert all(record["error"] < 1e-4 for record in records)
+    assert len({record["state_kib"] for record in records}) == 1
+    assert [("ratio" in record) for record in records] == [False, True, False, True]
+    assert "state KiB" in capsys.readouterr().out
 
 
 def test_generate_beside_something_else(tiny, tmp_path, monkeypatch, capsys):
