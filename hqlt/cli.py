@@ -123,13 +123,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument(
         "suite",
-        choices=("ops", "layer", "train", "generate", "context"),
+        choices=("ops", "layer", "train", "generate", "context", "state"),
         help="ops: delta rules and window attention; layer: both reads and their blend over sequence lengths; "
         "train: the quick start's models in float32 and bfloat16; generate: one token at a time; context: one token "
-        "after contexts of any length",
+        "after contexts of any length; state: memories kept in fewer bits",
     )
     command.add_argument("--output", type=Path, help="JSON file (default: runs/bench/SUITE.json)")
-    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate, context 40)")
+    command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate and context 40)")
     command.add_argument(
         "--seconds", type=_count, help="ops, layer: no round begins after this, but three are run (default: 60)"
     )
@@ -145,6 +145,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("--plot", type=Path, help="layer: SVG file of cost against length")
     command.add_argument("--other", type=Path, help="generate: another checkout of hqlt to measure in the same rounds")
+    command.add_argument("--model", type=Path, help="state: folder of a model (default: runs/quickstart/model)")
     command.set_defaults(run=_bench)
 
 

@@ -32,6 +32,8 @@ class Record:
         tokens: handled in a run.
         loss: after training.
         state_kib: size of the state that is carried from token to token.
+        bits: per byte of a text. bits_more, bits_spread: mean and standard deviation over texts of the difference from
+            the baseline.
     """
 
     case: str
@@ -50,6 +52,9 @@ class Record:
     tokens: int | None = None
     loss: float | None = None
     state_kib: float | None = None
+    bits: float | None = None
+    bits_more: float | None = None
+    bits_spread: float | None = None
 
     @property
     def cells(self) -> dict[str, str]:
@@ -70,6 +75,10 @@ class Record:
             cells["error"] = f"{self.error:.0e}"
         if self.state_kib is not None:
             cells["state KiB"] = f"{self.state_kib:,.0f}"
+        if self.bits is not None:
+            cells["bits/byte"] = f"{self.bits:.4f}"
+        if self.bits_more is not None and self.name != self.baseline:
+            cells["more"] = f"{self.bits_more:+.5f} ± {self.bits_spread or 0:.5f}"
         if self.loss is not None:
             cells["loss"] = f"{self.loss:.3f}"
         return cells
@@ -77,18 +86,10 @@ class Record:
 
 def markdown(records: list[Record]) -> str:
     """A Markdown table, aligned to be read as it is."""
-    order = [
-        "case",
-        "implementation",
-        "ms",
-        "tokens/s",
-        "speed-up",
-        "× floor",
-        "peak MiB",
-        "state KiB",
-        "loss",
-        "error",
-    ]
+    order = (
+        "case", "implementation", "ms", "tokens/s", "speed-up", "× floor", "peak MiB", "state KiB", "bits/byte", "more",
+        "loss", "error",
+    )  # fmt: skip
     rows = [record.cells for record in records]
     columns = [name for name in order if any(name in row for row in rows)]
     widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns}

@@ -15,10 +15,12 @@ from hqlt.bench.generate import bench_generate
 from hqlt.bench.layer import LENGTHS, bench_layer, plot_cost
 from hqlt.bench.ops import bench_ops, transformers_fallback
 from hqlt.bench.record import Record, has_bfloat16, machine, markdown, save
+from hqlt.bench.state import bench_state
 from hqlt.bench.train import bench_train
 
 SECONDS = 60.0
-REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40, "context": 40}
+QUICKSTART_MODEL = Path("runs") / "quickstart" / "model"
+REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40, "context": 40, "state": 15}
 
 
 def bench(
@@ -31,25 +33,32 @@ def bench(
     lengths: list[int] | None = None,
     plot: Path | None = None,
     other: Path | None = None,
+    model: Path | None = None,
     keep_memory: bool = False,
     command: str = "",
 ) -> bool:
     """Run a suite, print its table and write its JSON; whether every implementation agreed with the reference.
 
     Args:
-        suite: ``ops``, ``layer``, ``train``, ``generate`` or ``context``.
+        suite: ``ops``, ``layer``, ``train``, ``generate``, ``context`` or ``state``.
         output: JSON file, written after every case.
         repeats, seconds: as in :func:`hqlt.bench.contest`.
         threads: of torch.
-        lengths: of ``layer`` and ``context``. plot: of ``layer``. other: of ``generate``.
+        lengths: of ``layer`` and ``context``. plot: of ``layer``. other: of ``generate``. model: of ``state``.
         keep_memory: whether to call :func:`hqlt.allocator.keep_freed_memory`.
         command: written beside the numbers.
 
     Raises:
         ValueError: an option that the suite does not have, or freed memory cannot be kept on this system.
     """
-    owners = {"seconds": ("ops", "layer"), "lengths": ("layer", "context"), "plot": ("layer",), "other": ("generate",)}
-    given = {"seconds": seconds, "lengths": lengths, "plot": plot, "other": other}
+    owners = {
+        "seconds": ("ops", "layer"),
+        "lengths": ("layer", "context"),
+        "plot": ("layer",),
+        "other": ("generate",),
+        "model": ("state",),
+    }
+    given = {"seconds": seconds, "lengths": lengths, "plot": plot, "other": other, "model": model}
     for name, suites_of_option in owners.items():
         if given[name] is not None and suite not in suites_of_option:
             raise ValueError(f"--{name} belongs to {' and '.join(suites_of_option)}, not to {suite}; leave it out")
@@ -72,6 +81,7 @@ def bench(
         "train": bench_train(rounds),
         "generate": bench_generate(rounds, other),
         "context": bench_context(tuple(lengths or CONTEXTS), rounds),
+        "state": bench_state(model or QUICKSTART_MODEL, rounds),
     }
     records: list[Record] = []
     for found in suites[suite]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import hqlt
-from hqlt import recipes
+from hqlt import LanguageModel, MemoryConfig, ModelConfig, recipes, save_model
 from hqlt.allocator import keep_freed_memory
-from hqlt.bench import Record, context, generate, layer, ops, suites, train
+from hqlt.bench import Record, context, generate, layer, ops, state, suites, train
 from hqlt.cli import main
 from hqlt.layers import update_rules
 from hqlt.models import Decoder
@@ -99,6 +99,7 @@ def test_a_training_step_that_is_wrong_fails_the_command(tiny, tmp_path, monkeyp
     [
         ["ops", "--plot", "x.svg"],
         ["generate", "--lengths", "64"],
+        ["ops", "--model", "m"],
         ["layer", "--other", "."],
         ["train", "--seconds", "3"],
     ],
@@ -164,6 +165,29 @@ def test_context(tiny, tmp_path, monkeypatch, capsys):
     assert len({record["state_kib"] for record in records}) == 1
     assert [("ratio" in record) for record in records] == [False, True, False, True]
     assert "state KiB" in capsys.readouterr().out
+
+
+def test_state(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(state, "TEXTS", 3)
+    monkeypatch.setattr(state, "PREFIX", 40)
+    monkeypatch.setattr(state, "REST", 20)
+    memory = MemoryConfig(hidden_size=16, window=5)
+    save_model(LanguageModel(ModelConfig(memory=memory, initializer_range=0.3)), tmp_path / "model")
+    exact, bfloat16, int8 = run("state", tmp_path, "--model", str(tmp_path / "model"))
+    assert exact["error"] == exact["bits_more"] == 0
+    assert 0 < bfloat16["error"] < 0.05
+    assert 0 < int8["error"] < 0.1
+    assert 0 < abs(int8["bits_more"]) < 0.1
+    assert int8["state_kib"] < bfloat16["state_kib"] < exact["state_kib"]
+    assert "bits/byte" in capsys.readouterr().out
+
+
+def test_states_of_what_is_no_model_of_bytes(tiny, tmp_path, capsys):
+    assert main(["bench", "state", "--output", str(tmp_path / "x"), "--model", str(tmp_path)]) == 1
+    assert "holds no config.json" in capsys.readouterr().err
+    save_model(LanguageModel(ModelConfig(vocab_size=40)), tmp_path / "model")
+    assert main(["bench", "state", "--output", str(tmp_path / "x"), "--model", str(tmp_path / "model")]) == 1
+    assert "has 40 tokens; this benchmark reads bytes" in capsys.readouterr().err
 
 
 def test_generate_beside_something_else(tiny, tmp_path, monkeypatch, capsys):
