@@ -19,7 +19,7 @@ from hqlt.models.files import save_model
 from hqlt.models.generation import generate
 from hqlt.models.language_model import LanguageModel
 from hqlt.recipes import ParityRecipe, TextRecipe, quickstart_parity, quickstart_text
-from hqlt.tasks.parity import parity_batch
+from hqlt.tasks import formal
 from hqlt.tasks.text import ByteCorpus, python_documents
 from hqlt.training.loop import Metrics, Task, train
 from hqlt.training.parallel import Job, available_cores, run_parallel
@@ -105,13 +105,13 @@ def parity_task(recipe: ParityRecipe) -> Task:
         generator = torch.Generator().manual_seed((seed << 32) + step)
         start = min(recipe.shortest + 3, recipe.longest)
         grown = start + (recipe.longest - start) * step / max(1.0, recipe.growth * recipe.training.steps)
-        return parity_batch(recipe.batch_size, recipe.shortest, min(recipe.longest, int(grown)), generator)
+        return formal.parity(recipe.batch_size, recipe.shortest, min(recipe.longest, int(grown)), generator)
 
     def evaluate(model: LanguageModel) -> Metrics:
         generator = torch.Generator().manual_seed(2**63 - 1)  # no training step has this seed
         accuracy = {}
         for length in recipe.test_lengths:
-            input_ids, targets = parity_batch(PARITY_TEST_SEQUENCES, length, length, generator)
+            input_ids, targets = formal.parity(PARITY_TEST_SEQUENCES, length, length, generator)
             hidden, _ = model.hidden_states(input_ids)
             answer = model.head(hidden[:, -1]).argmax(-1)
             accuracy[str(length)] = 100 * float((answer == targets[:, -1]).float().mean())

@@ -12,6 +12,7 @@ from hqlt import LanguageModel, MemoryConfig, ModelConfig
 from hqlt.models.files import load_model
 from hqlt.quickstart import parity_task, quickstart, stream_text, text_task
 from hqlt.recipes import ParityRecipe, TextRecipe, quickstart_parity, quickstart_text
+from hqlt.tasks import formal
 from hqlt.tasks.text import ByteCorpus
 from hqlt.training import Interrupted, Job, TrainingConfig, evaluate, loop
 
@@ -220,13 +221,13 @@ def test_parity_accuracy_is_that_of_the_answers(right):
 
 def test_parity_is_not_tested_on_what_it_was_trained_on(monkeypatch):
     seeds: list[int] = []
-    make = hqlt.quickstart.parity_batch
+    make = formal.parity
 
     def noted(*arguments):
         seeds.append(arguments[-1].initial_seed())
         return make(*arguments)
 
-    monkeypatch.setattr(hqlt.quickstart, "parity_batch", noted)
+    monkeypatch.setattr(formal, "parity", noted)
     task = parity_task(small_parity())
     task.evaluate(Oracle(True))
     tested = set(seeds)
