@@ -1,6 +1,6 @@
 """Training."""
 
-from hqlt.training.loop import Interrupted, Task, TrainingConfig, evaluate, train
+from hqlt.training.loop import Curriculum, Interrupted, Task, TrainingConfig, evaluate, train
 from hqlt.training.parallel import Job, run_parallel
 
-__all__ = ["Interrupted", "Job", "Task", "TrainingConfig", "evaluate", "run_parallel", "train"]
+__all__ = ["Curriculum", "Interrupted", "Job", "Task", "TrainingConfig", "evaluate", "run_parallel", "train"]

@@ -31,6 +31,30 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Curriculum:
+    """A difficulty that grows whenever the loss has become small.
+
+    Attributes:
+        start, stop, step: first and last level, and how far one step goes.
+        below: the smoothed loss has to fall below this for the next step; it then starts from twice as much.
+        smoothing: weight of the past in the smoothed loss.
+    """
+
+    start: int
+    stop: int
+    step: int
+    below: float = 0.05
+    smoothing: float = 0.8
+
+    def next(self, level: int, smooth: float, loss: float) -> tuple[int, float]:
+        """Level and smoothed loss after a step with this loss."""
+        smooth = self.smoothing * smooth + (1 - self.smoothing) * loss
+        if smooth >= self.below or level >= self.stop:
+            return level, smooth
+        return min(self.stop, level + self.step), 2 * self.below
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How a model is trained.
 
@@ -40,6 +64,7 @@ class TrainingConfig:
         weight_decay, betas: of AdamW.
         clip: bound of the global gradient norm.
         evaluate_every: steps between evaluations; one more follows the last step.
+        curriculum: difficulty of the batches, for tasks that have one.
         seed: of the initial weights and of the batches.
     """
 
@@ -52,6 +77,7 @@ class TrainingConfig:
     clip: float = 1.0
     evaluate_every: int = 100
     seed: int = 0
+    curriculum: Curriculum | None = None
 
 
 @dataclass(frozen=True)
@@ -59,12 +85,13 @@ class Task:
     """What a model is trained on.
 
     Attributes:
-        batch: (seed, step) → input_ids [B, T] and targets [B, T] (−100 is ignored), a pure function.
+        batch: (seed, step) → input_ids [B, T] and targets [B, T] (−100 is ignored), a pure function; with a curriculum
+            (seed, step, level).
         evaluate: measurements of a model in evaluation mode.
         fingerprint: what the batches depend on, so that a run is not resumed on other data.
     """
 
-    batch: Callable[[int, int], tuple[Tensor, Tensor]]
+    batch: Callable[..., tuple[Tensor, Tensor]]
     evaluate: Callable[[LanguageModel], Metrics]
     fingerprint: Metrics
 
@@ -103,6 +130,8 @@ def train(
     path = directory / "checkpoint.pt"
     saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
     progress: Metrics = {"step": 0, "tokens": 0, "seconds": 0.0, "rows": []}
+    if config.curriculum is not None:
+        progress |= {"level": config.curriculum.start, "smooth": math.inf}
     if saved is not None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -156,9 +185,14 @@ def _advance(
     """One optimiser step, counted in ``progress``; the loss before it."""
     started = time.monotonic()
     step = progress["step"]
-    input_ids, targets = task.batch(config.seed, step)
+    curriculum = config.curriculum
+    level = () if curriculum is None else (progress["level"],)
+    input_ids, targets = task.batch(config.seed, step, *level)
     rate = warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate)
     loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config.clip)
+    if curriculum is not None:
+        smooth = loss if math.isinf(progress["smooth"]) else progress["smooth"]
+        progress["level"], progress["smooth"] = curriculum.next(progress["level"], smooth, loss)
     progress["step"] += 1
     progress["tokens"] += input_ids.numel()
     progress["seconds"] += time.monotonic() - started
@@ -190,8 +224,10 @@ def _update(
 
 def _row(progress: Metrics, loss: float, measured: Metrics) -> Metrics:
     """One line of the metrics; seconds are those of training, without evaluation."""
+    level = {"level": progress["level"]} if "level" in progress else {}
     return {
         "step": progress["step"],
+        **level,
         "tokens": progress["tokens"],
         "seconds": round(progress["seconds"], 2),
         "tokens_per_second": round(progress["tokens"] / progress["seconds"]),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hqlt import LanguageModel, MemoryConfig
-from hqlt.training import Interrupted, Task, evaluate, loop, train
+from hqlt.training import Curriculum, Interrupted, Task, evaluate, loop, train
 from hqlt.training.optimizer import warmup_cosine
 from tests.training.runs import CONFIG, batch, evaluate_tiny, tiny_model, tiny_task, untimed
 
@@ -262,3 +262,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, m
     model, _ = finish(tmp_path / "broken", tiny_task(steps.append))
     assert steps[4:] == list(range(3, 9))
     assert_same_weights(model, expected)
+
+
+# Curriculum
+
+
+def test_the_level_rises_with_success(tmp_path):
+    plan = dataclasses.replace(
+        CONFIG, steps=40, evaluate_every=1, curriculum=Curriculum(start=2, stop=6, step=3, below=1.0)
+    )
+    levels: list[int] = []
+
+    def batches(seed: int, step: int, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+        levels.append(level)
+        ids = torch.full((2, level), step % 2)  # soon learnt
+        return ids, ids
+
+    task = Task(batches, lambda model: {}, {"task": "constant"})
+    rows = train(tiny_model(), task, plan, tmp_path / "whole", "")
+    assert levels[0] == 2
+    assert set(levels) == {2, 5, 6}
+    assert levels == sorted(levels)
+    losses = [row["loss"] for row in rows]
+    smooth, level = losses[0], 2
+    for n, loss in enumerate(losses):
+        assert levels[n] == level
+        smooth = 0.8 * smooth + 0.2 * loss
+        if smooth < 1.0 and level < 6:
+            level, smooth = min(6, level + 3), 2.0
+        assert rows[n]["level"] == level
+
+    whole = list(levels)
+    levels.clear()
+    for stop in (3, 11, 12):
+
+        def asked(seed: int, step: int, level: int, stop: int = stop) -> tuple[torch.Tensor, torch.Tensor]:
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return batches(seed, step, level)
+
+        with pytest.raises(Interrupted):
+            train(tiny_model(), dataclasses.replace(task, batch=asked), plan, tmp_path / "parts", "")
+    again = train(tiny_model(), task, plan, tmp_path / "parts", "")
+    assert levels == whole
+    assert untimed(again) == untimed(rows)
