@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\n{stop}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
-        print("\ninterrupted; what was finished is saved", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         print(f"hqlt: {error}", file=sys.stderr)
@@ -92,7 +92,7 @@ def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "score",
         help="bits per token of a text of any length, in constant memory",
         description="Read a text file as one document and print how well a model predicts it. Interrupt and repeat at "
-        "will: with --progress the work done is kept.",
+        "will: with --progress the work done is kept. Memory is constant where every KV memory has a window.",
     )
     command.add_argument("file", type=Path, help="UTF-8 text")
     command.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of the model")

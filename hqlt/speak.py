@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from hqlt.layers.state import MemoryState, ModelState
-from hqlt.models.decoding import Decoder
+from hqlt.models.decoding import Decoder, no_compiler
 from hqlt.models.files import load_model
 from hqlt.models.generation import Continuation
 from hqlt.models.state_files import load_state, save_state
@@ -23,6 +23,8 @@ HELP = """Type a text, and the model goes on from it. It keeps what was said in 
   /save FILE   write the memories to a file; /load FILE reads them
   /stats       size of the memories, speed of the last answer
   /help, /quit"""
+
+MOST_TURNS = 100  # that can be taken back
 
 
 @dataclass(frozen=True)
@@ -54,29 +56,47 @@ class Speaker:
             print("compiling the step …", end="", flush=True, file=sys.stderr)
             begin = time.perf_counter()
             self.decoder.load(self.model.empty_state(1))
-            self.decoder(torch.zeros(1, dtype=torch.long))
+            try:
+                self.decoder(torch.zeros(1, dtype=torch.long))
+            except RuntimeError as error:
+                print(file=sys.stderr)
+                if not no_compiler(error.__cause__):
+                    raise
+                message = "compiling needs a C++ compiler: install g++ or clang, or leave out --compile"
+                raise RuntimeError(message) from error
             print(f" {time.perf_counter() - begin:.0f} s", file=sys.stderr)
         self.text = Continuation(self.model, None, self.decoder)
+        self._said: list[int] = []
         self.read_tokens, self.read_seconds, self.wrote_tokens, self.wrote_seconds = 0, 0.0, 0, 0.0
         if state is not None:
             self.go_on_from(load_state(state, self.model))
 
     def go_on_from(self, state: ModelState | None) -> None:
-        """Continue another text."""
+        """Continue another text.
+
+        Raises:
+            ValueError: the state is that of several texts.
+        """
+        if state is not None and state.batch_size != 1:
+            raise ValueError(f"the state is that of {state.batch_size} texts; select one")
+        self._said = []
         self.text = Continuation(self.model, state, self.decoder)
 
     def read(self, text: str) -> None:
         """Read a text."""
-        ids = torch.tensor(self.tokenizer.encode(text), dtype=torch.long)
-        if not len(ids):
+        new = self.tokenizer.encode(text)
+        if not new:
             raise ValueError("the prompt is empty; pass some text")
+        if self.text.state is None:
+            new = self.tokenizer.start + new
+        self._said, ids = new, torch.tensor(new, dtype=torch.long)
         begin = time.perf_counter()
         self.text.read(ids)
         self.read_tokens, self.read_seconds = len(ids), time.perf_counter() - begin
 
     def write(self, sampling: Sampling) -> Iterator[str]:
         """Yield pieces of the continuation as they become complete."""
-        step, said = self.tokenizer.stream(), ""
+        step, said = self.tokenizer.stream(self._said), ""
         generator = torch.Generator().manual_seed(sampling.seed)
         begin, self.wrote_tokens = time.perf_counter(), 0
         for token in self.text.sample(
@@ -134,12 +154,14 @@ def _say(piece: str) -> None:
 def generate_text(speaker: Speaker, prompt: str, sampling: Sampling, save: Path | None, statistics: bool) -> None:
     """Print a prompt and its continuation; statistics go to standard error."""
     speaker.read(prompt)
-    _say(prompt)
-    for piece in speaker.write(sampling):
-        _say(piece)
-    _say("\n")
-    if save is not None and speaker.text.state is not None:
-        save_state(speaker.text.state, save)
+    try:
+        _say(prompt)
+        for piece in speaker.write(sampling):
+            _say(piece)
+        _say("\n")
+    finally:
+        if save is not None and speaker.text.state is not None:
+            save_state(speaker.text.state, save)
     if statistics:
         print(speaker.statistics(), file=sys.stderr)
 
@@ -154,6 +176,12 @@ def chat(speaker: Speaker, sampling: Sampling, ask: Callable[[], str]) -> None:
         except EOFError:
             print()
             return
+        except KeyboardInterrupt:
+            print("\n/quit or the end of the input ends the chat")
+            continue
+        except UnicodeDecodeError as error:
+            print(f"hqlt: that was no text: {error}", file=sys.stderr)
+            continue
         command, _, argument = line.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return
@@ -161,21 +189,27 @@ def chat(speaker: Speaker, sampling: Sampling, ask: Callable[[], str]) -> None:
             if command.startswith("/"):
                 turns = _obey(speaker, command, argument.strip(), turns)
             elif line:
-                _turn(speaker, line, sampling)
-                turns.append(speaker.text.state)
-        except KeyboardInterrupt:
-            # What was said so far stays said.
-            print(" …")
-            turns.append(speaker.text.state)
-        except (ValueError, OSError) as error:
+                turns = [*turns[-MOST_TURNS:], _turn(speaker, line, sampling, turns[-1])]
+        except (ValueError, OSError, RuntimeError) as error:
             print(f"hqlt: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print()
 
 
-def _turn(speaker: Speaker, line: str, sampling: Sampling) -> None:
-    speaker.read(line + "\n")
-    for piece in speaker.write(sampling):
-        _say(piece)
-    _say("\n")
+def _turn(speaker: Speaker, line: str, sampling: Sampling, before: ModelState | None) -> ModelState | None:
+    """The state after a line and its answer; Ctrl-C ends the answer, and an error takes the turn back."""
+    try:
+        speaker.read(line + "\n")
+        try:
+            for piece in speaker.write(sampling):
+                _say(piece)
+        except KeyboardInterrupt:
+            _say(" …")
+        _say("\n")
+        return speaker.text.state
+    except Exception:
+        speaker.go_on_from(before)
+        raise
 
 
 def _obey(speaker: Speaker, command: str, argument: str, turns: list[ModelState | None]) -> list[ModelState | None]:
@@ -183,7 +217,9 @@ def _obey(speaker: Speaker, command: str, argument: str, turns: list[ModelState 
     if command in ("/save", "/load") and not argument:
         raise ValueError(f"{command} needs the name of a file")
     if command == "/undo":
-        turns = turns[:-1] or [None]
+        if len(turns) == 1:
+            raise ValueError("there is no turn to take back")
+        turns = turns[:-1]
         speaker.go_on_from(turns[-1])
     elif command == "/reset":
         turns = [None]
@@ -192,10 +228,11 @@ def _obey(speaker: Speaker, command: str, argument: str, turns: list[ModelState 
         state = speaker.text.state
         if state is None:
             raise ValueError("nothing was said yet")
-        save_state(state, Path(argument))
+        save_state(state, Path(argument).expanduser())
     elif command == "/load":
-        turns = [load_state(Path(argument), speaker.model)]
-        speaker.go_on_from(turns[-1])
+        state = load_state(Path(argument).expanduser(), speaker.model)
+        speaker.go_on_from(state)
+        turns = [state]
     elif command == "/stats":
         print(speaker.statistics())
     else:

@@ -102,7 +102,7 @@ def test_a_mistake_in_the_program_is_not_hidden(monkeypatch):
     ("stop", "message"),
     [
         (Interrupted("stopped; run the same command"), "stopped; run the same command"),
-        (KeyboardInterrupt(), "what was finished is saved"),
+        (KeyboardInterrupt(), "interrupted"),
     ],
     ids=["Interrupted", "KeyboardInterrupt"],
 )

@@ -38,7 +38,7 @@ def read_fw_memory(
     beta, log_decay = gates
     key, value = span.delayed(keys, schedule.delay), span.delayed(values, schedule.delay)
     written = span.is_written(schedule.delay)
-    beta = beta if written is None else beta * written
+    beta = beta if written is None else beta * written.to(beta.device)
     return rule.write_and_read(query, key, value, (beta, log_decay), past.fast_weight, span.cu_seqlens)
 
 
@@ -73,6 +73,7 @@ def read_fw_chunks(
         return rule.write_and_read(
             query, span.new(keys), span.new(values), idle, past.fast_weight, span.cu_seqlens, window
         )
+    completed = completed.to(beta.device)
     gates = (beta * completed, None if log_decay is None else log_decay * completed)
     queries = span.join(None, query)
     read, state = rule.write_and_read(queries, keys, values, gates, past.fast_weight, span.key_cu_seqlens, window)

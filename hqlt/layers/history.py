@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from hqlt.layers.segments import Segments
     from hqlt.layers.state import MemoryState
 
+
+def _own(x: Tensor) -> Tensor:
+    """Memory of its own: a view would keep all that it is a part of alive."""
+    return x.clone() if x.untyped_storage().nbytes() > x.numel() * x.element_size() else x
+
+
 Rewrite = Callable[["MemoryState", dict[str, Tensor], Tensor], "MemoryState"]
 
 
@@ -30,7 +36,7 @@ class History:
         limit: at least so many of the last tokens can be taken back, or all since ``start`` if there are fewer. None:
             all since tracking began.
         start: the state before the recorded tokens.
-        tokens: what the layer wrote of them, by name, [N, m, …], zeros after a document's last.
+        tokens: what the layer wrote of them, by name, [N, m, …]; what follows a document's last means nothing.
         count: recorded tokens of each document, int64 [N] on the host.
         rewrite: writes the first tokens of each document into a state: (start, tokens, how many) → state.
     """
@@ -59,7 +65,7 @@ class History:
     def _joined(self, old: Tensor | None, new: Tensor, segments: Segments) -> Tensor:
         counts = self.count.tolist()
         if segments.dense and len(set(counts)) == 1:
-            return new if old is None else torch.cat([old, new], 1)
+            return _own(new) if old is None else torch.cat([old, new], 1)
         rows = new.flatten(0, 1).split(segments.lengths)
         if old is not None:
             rows = tuple(torch.cat([old[n, : counts[n]], row]) for n, row in enumerate(rows))
@@ -87,10 +93,7 @@ class History:
     def first(self, keep: Tensor) -> History:
         """The history without what comes after the first ``keep`` tokens of each document."""
         longest = int(keep.max())
-        tokens = {}
-        for name, x in self.tokens.items():
-            real = (torch.arange(longest) < keep[:, None]).to(x.device)
-            tokens[name] = x[:, :longest] * real.view(*real.shape, *[1] * (x.dim() - 2))
+        tokens = {name: _own(x[:, :longest]) for name, x in self.tokens.items()}
         return dataclasses.replace(self, tokens=tokens, count=keep)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> History:
@@ -100,25 +103,30 @@ class History:
 
     def select(self, rows: Tensor) -> History:
         """The histories of these documents, in this order."""
-        chosen = {name: x.index_select(0, rows.to(x.device)) for name, x in self.tokens.items()}
-        history = dataclasses.replace(self, start=self.start.select(rows), count=self.count[rows])
-        longest = int(history.count.max())
-        return dataclasses.replace(history, tokens={name: x[:, :longest] for name, x in chosen.items()})
+        count = self.count[rows]
+        longest = int(count.max())
+        tokens = {name: x[:, :longest].index_select(0, rows.to(x.device)) for name, x in self.tokens.items()}
+        return dataclasses.replace(self, start=self.start.select(rows), tokens=tokens, count=count)
 
     def replace_rows(self, rows: Tensor, other: History) -> History:
-        """This history with the given documents taken from ``other``."""
+        """This history with the given documents taken from ``other``; the lower of the limits holds."""
         count = self.count.index_copy(0, rows, other.count)
-        tokens = {}
-        for name, theirs in other.tokens.items():
-            room = theirs.new_zeros(len(count), int(count.max()), *theirs.shape[2:])
-            mine = self.tokens.get(name)
+        longest, tokens = int(count.max()), {}
+        for name in {**self.tokens, **other.tokens}:
+            mine, theirs = self.tokens.get(name), other.tokens.get(name)
+            like = theirs if theirs is not None else mine
+            assert like is not None
+            room = like.new_zeros(len(count), longest, *like.shape[2:])
             if mine is not None:
-                room[:, : mine.shape[1]] = mine[:, : room.shape[1]]
-            padded = room.index_select(0, rows.to(room.device)).zero_()
-            padded[:, : theirs.shape[1]] = theirs
+                width = min(longest, mine.shape[1])
+                room[:, :width] = mine[:, :width]
+            padded = room.new_zeros(len(rows), *room.shape[1:])
+            if theirs is not None:
+                padded[:, : theirs.shape[1]] = theirs
             tokens[name] = room.index_copy(0, rows.to(room.device), padded)
         start = self.start.replace_rows(rows, other.start)
-        return dataclasses.replace(other, start=start, tokens=tokens, count=count)
+        limits = [limit for limit in (self.limit, other.limit) if limit is not None]
+        return History(min(limits, default=None), start, tokens, count, other.rewrite or self.rewrite)
 
     @property
     def num_bytes(self) -> int:

@@ -47,6 +47,14 @@ class _Tokens:
         return {name: x for name, x in named.items() if x is not None}
 
 
+class ShortConvolution(nn.Conv1d):
+    """:func:`hqlt.ops.short_convolution` with a learnable weight."""
+
+    def forward(self, x: Tensor, past: Tensor, borders: list[int] | None) -> Tensor:  # type: ignore[override]
+        """[B, T, channels] after the last inputs before it."""
+        return short_convolution(x, self.weight.to(x.dtype), past, borders)
+
+
 class HybridMemory(nn.Module):
     r"""One sequence layer that blends KV memory and FW memory.
 
@@ -71,10 +79,10 @@ class HybridMemory(nn.Module):
         self.query_proj = Linear(width, key_width, bias=config.bias)
         self.key_proj = Linear(width, key_width, bias=config.bias)
         self.value_proj = Linear(width, value_width, bias=config.bias)
-        self.convolution: nn.Conv1d | None = None
+        self.convolution: ShortConvolution | None = None
         if config.short_convolution:
             channels = 2 * key_width + value_width
-            self.convolution = nn.Conv1d(channels, channels, config.conv_size, groups=channels, bias=False)
+            self.convolution = ShortConvolution(channels, channels, config.conv_size, groups=channels, bias=False)
         self.update_rule: UpdateRule | None = None
         self.output_norm: RMSNorm | None = None
         if config.update_rule is not None:
@@ -250,22 +258,20 @@ class HybridMemory(nn.Module):
             inputs = torch.cat([query, key, value], -1)
             assert past.convolution is not None
             before = past.convolution.to(inputs.dtype)
-            mixed = short_convolution(inputs, self.convolution.weight.to(inputs.dtype), before, span.borders)
+            mixed = self.convolution(inputs, before, span.borders)
             query, key, value = mixed.split(widths, -1)
         if self.update_rule is not None:
             value = self.dropout(F.silu(value))
             if self.config.kv_memory:
                 query, key = self.dropout(query), self.dropout(key)
         query, key, value = (part.unflatten(-1, (self.config.num_heads, -1)) for part in (query, key, value))
-        beta, log_decay = (None, None) if self.update_rule is None else self.update_rule.gates(x)
+        beta, log_decay = (None, None) if self.update_rule is None else self.update_rule(x)
         return query, _Tokens(key, value, beta, log_decay, inputs)
 
     def _output(self, x: Tensor, reads: list[Tensor]) -> Tensor:
-        (mixed, *_) = reads
-        if self.mixer is not None:
-            mixed = self.mixer(x, *reads, self.output_norm)
-        elif self.output_norm is not None:
-            mixed = self.output_norm(mixed)
+        mixed = reads[0]
+        if self.output_norm is not None:
+            mixed = self.output_norm(*(reads if self.mixer is None else self.mixer(x, *reads)))
         mixed = mixed.flatten(2)
         if self.gate_proj is not None:
             mixed = mixed * F.silu(self.gate_proj(x))

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
 from hqlt.layers.linear import Linear
-from hqlt.layers.norm import RMSNorm
-from hqlt.ops import blend_norm
 
 
 class Mixer(nn.Module):
@@ -61,11 +59,13 @@ class Mixer(nn.Module):
         fw, kv = gate.chunk(2, -1)
         return fw, kv
 
-    def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor, norm: RMSNorm) -> Tensor:
-        """Normalised blend of two reads [B, T, H, V] by the input [B, T, D]."""
+    def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
+        """What the output norm takes of two reads [B, T, H, V] by the input [B, T, D].
+
+        Returns:
+            the mixed read, or for ``dynamic_vector`` both reads and the logit of γ, blended and normalised in one pass.
+        """
         if self.kind == "dynamic_vector":
-            logit = self.gate_proj(x).unflatten(-1, (self.heads, -1))
-            return blend_norm(fw_read, kv_read, logit, norm.weight, norm.eps)
+            return fw_read, kv_read, self.gate_proj(x).unflatten(-1, (self.heads, -1))
         fw, kv = self.weights(x)
-        mixed: Tensor = norm(fw_read + kv_read if self.kind == "sum" else fw * fw_read + kv * kv_read)
-        return mixed
+        return (fw_read + kv_read if self.kind == "sum" else fw * fw_read + kv * kv_read,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hqlt.ops import rms_norm
+from hqlt.ops import blend_norm, rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -20,8 +20,10 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__(size, eps=eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, …, size] → the same shape."""
+    def forward(self, x: Tensor, other: Tensor | None = None, logit: Tensor | None = None) -> Tensor:
+        """[B, T, …, size] → the same shape; with another read and the logit of x's weight, of their blend."""
+        if other is not None and logit is not None:
+            return blend_norm(x, other, logit, self.weight, self.eps)
         device = x.device.type
         low = (
             torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None

@@ -145,11 +145,11 @@ class _Span:
     longest: int
 
     def __init__(self) -> None:
-        self._angles: dict[tuple[float, int, int], tuple[Angles, Angles]] = {}
+        self._angles: dict[tuple[object, ...], tuple[Angles, Angles]] = {}
 
     def rotary_angles(self, base: float, query: Tensor) -> tuple[Angles, Angles]:
         """Cosine and sine at the positions of the queries and of the keys, counted from the oldest token held."""
-        kind = (base, *query.shape[-2:])
+        kind = (base, query.device, query.dtype, *query.shape[-2:])
         if kind not in self._angles:
             cos, sin = rotary_table(self.longest, base, query)
             self._angles[kind] = self._at_positions(cos, sin)
@@ -247,7 +247,7 @@ class PackedSpan(_Span):
         self._query_position = query_position.to(device)
 
     def _at_positions(self, cos: Tensor, sin: Tensor) -> tuple[Angles, Angles]:
-        queries, keys = self._query_position, self._key_position
+        queries, keys = self._query_position.to(cos.device), self._key_position.to(cos.device)
         return (cos[queries], sin[queries]), (cos[keys], sin[keys])
 
     def join(self, past: Tensor | None, new: Tensor) -> Tensor:
@@ -257,11 +257,11 @@ class PackedSpan(_Span):
         count = self._total.shape[0]
         if past is None:
             past = new.new_zeros(count, self._width, *new.shape[2:])
-        return torch.cat([past.flatten(0, 1), new[0]]).index_select(0, self._join)[None]
+        return torch.cat([past.flatten(0, 1), new[0]]).index_select(0, self._join.to(new.device))[None]
 
     def new(self, joined: Tensor) -> Tensor:
         """The new tokens of a joined tensor."""
-        return joined.index_select(1, self._new)
+        return joined.index_select(1, self._new.to(joined.device))
 
     def keep(self, joined: Tensor) -> Tensor:
         """The tokens that the next state carries, [N, n', …], zeros after a document's last."""
@@ -286,7 +286,7 @@ class PackedSpan(_Span):
     @staticmethod
     def _take(joined: Tensor, index: Tensor) -> Tensor:
         padded = F.pad(joined[0], (0, 0) * (joined.dim() - 2) + (0, 1))
-        return padded.index_select(0, index)
+        return padded.index_select(0, index.to(padded.device))
 
 
 Span = DenseSpan | PackedSpan

@@ -67,6 +67,8 @@ class MemoryState:
 
     def cut(self, limit: int) -> MemoryState:
         """The same state, of which only the last ``limit`` tokens can still be taken back."""
+        if not isinstance(limit, int) or limit < 0:
+            raise ValueError(f"limit={limit!r} must be a number of tokens")
         return self if self.history is None else dataclasses.replace(self, history=self.history.cut(limit))
 
     def crop(self, tokens: int | Tensor) -> MemoryState:
@@ -74,7 +76,13 @@ class MemoryState:
         if self.history is None:
             raise ValueError("the state is not tracked: call state.track(n) before the tokens that may be taken back")
         count = self.history.count
-        drop = torch.as_tensor(tokens, dtype=torch.long, device="cpu").expand_as(count)
+        drop = torch.as_tensor(tokens).cpu()
+        if drop.dtype not in (torch.int32, torch.int64) or drop.shape not in ((), count.shape):
+            raise ValueError(
+                f"tokens={tokens!r} must be how many to take back: an integer, or one for each of the {len(count)} "
+                "documents"
+            )
+        drop = drop.long().expand_as(count)
         if bool((drop < 0).any()) or bool((drop > count).any()):
             row = int(((drop < 0) | (drop > count)).nonzero()[0])
             raise ValueError(

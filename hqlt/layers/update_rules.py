@@ -27,6 +27,10 @@ class UpdateRule(nn.Module):
         super().__init__()
         self.config = config
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """:meth:`gates` as a call of the module: whoever loads parameters when a module is called sees that it is."""
+        return self.gates(x)
+
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Write strength β and log-decay g (None: no decay) of each token, [B, T, D] → [B, T, H]."""
         raise NotImplementedError

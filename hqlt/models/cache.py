@@ -29,11 +29,15 @@ class HQLTCache(Cache):
             tokens: columns that the documents took in the batch, pads included; by default the longest position.
             decoder: of the model that will be called: single tokens then go through its compiled step.
         """
+        if state is not None and not isinstance(state, ModelState):
+            raise TypeError(f"state must be a ModelState, not {type(state).__name__}")
         super().__init__(layers=[])
         self._state = state
         self._tokens = tokens if tokens is not None else 0 if state is None else int(state.position.max())
         self._decoder = decoder
         self._load: int | None = None
+        # Columns since the last call that had pads; None: none had.
+        self._unpadded: int | None = None
         self._recording = state is not None and state.num_tracked is not None
 
     @property
@@ -41,10 +45,27 @@ class HQLTCache(Cache):
         """Both memories of every layer; None while the cache is empty."""
         return self._state if self._load is None else self._live_decoder().state
 
-    def advance(self, state: ModelState, tokens: int) -> None:
-        """Take the state after this many more columns."""
+    def advance(self, state: ModelState, tokens: int, padded: bool = False) -> None:
+        """Take the state after this many more columns, some of which may have been pads."""
         self._state, self._load = state, None
         self._tokens += tokens
+        if padded:
+            self._unpadded = 0
+        elif self._unpadded is not None:
+            self._unpadded += tokens
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens read of each document, int64 [B] on the host."""
+        if self._load is not None:
+            return self._live_decoder().position
+        assert self._state is not None
+        return self._state.position
+
+    @property
+    def decoder(self) -> Decoder | None:
+        """That single tokens go through."""
+        return self._decoder
 
     def step(self, input_ids: Tensor) -> Tensor | None:
         """Logits [B, V] after one token per document from the decoder, or None where it cannot be used."""
@@ -55,6 +76,8 @@ class HQLTCache(Cache):
             self._load = self._decoder.loads
         logits = self._live_decoder()(input_ids)
         self._tokens += 1
+        if self._unpadded is not None:
+            self._unpadded += 1
         return logits
 
     def _live_decoder(self) -> Decoder:
@@ -77,7 +100,7 @@ class HQLTCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self._state, self._load, self._tokens = None, None, 0
+        self._state, self._load, self._tokens, self._unpadded = None, None, 0, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Continue these documents, in this order (beam search)."""
@@ -99,6 +122,12 @@ class HQLTCache(Cache):
         if self.state is not None and self.state.num_tracked is None:
             self._replace(self.state.track())
 
+    def deactivate_past_recording(self) -> None:
+        """Forget how to take tokens back."""
+        self._recording = False
+        if self.state is not None:
+            self._replace(self.state.untracked())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last −n tokens of every document, and forget how to take back most of the others.
 
@@ -107,6 +136,11 @@ class HQLTCache(Cache):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}): pass the negative number of tokens to take back")
+        if self._unpadded is not None and -tokens_to_remove > self._unpadded:
+            raise ValueError(
+                f"crop({tokens_to_remove}): only the last {self._unpadded} columns are free of pads, and "
+                "rows differ in tokens before them; crop the state by a number for each row"
+            )
         if self.state is None:
             return
         if tokens_to_remove:
@@ -139,16 +173,16 @@ class HQLTCache(Cache):
         return self._recording
 
     def __len__(self) -> int:
-        return 0 if self.state is None else len(self.state.layers)
+        return 0 if self._state is None else len(self._state.layers)
 
     def __repr__(self) -> str:
         size = 0 if self.state is None else self.state.num_bytes
         return f"HQLTCache({self._tokens} tokens, {size} bytes)"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HQLTCache:
-        """A fork: states are values and need no copy."""
-        copy = HQLTCache(self.state, self._tokens, self._decoder)
-        copy._recording = self._recording
+        """A fork: states are values and need no copy. A decoder serves one text and stays with the original."""
+        copy = HQLTCache(self.state, self._tokens)
+        copy._recording, copy._unpadded = self._recording, self._unpadded
         return copy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -29,15 +30,25 @@ class HQLTConfig(PreTrainedConfig):
 
     def __init__(self, *, use_cache: bool = True, **values: Any) -> None:
         if "tie_word_embeddings" in values:
-            values.setdefault("tie_embeddings", values.pop("tie_word_embeddings"))
+            tie = values.pop("tie_word_embeddings")
+            if values.setdefault("tie_embeddings", tie) != tie:
+                raise ValueError(f"tie_embeddings={values['tie_embeddings']} contradicts tie_word_embeddings={tie}")
         given = {name: values.pop(name) for name in MODEL_FIELDS if name in values}
-        misplaced = sorted(set(values) & set(MEMORY_FIELDS))
-        if misplaced:
-            raise ValueError(f"{', '.join(misplaced)}: a field of the memory; pass memory=MemoryConfig(...) with it")
+        for name in values:
+            near = difflib.get_close_matches(name, MODEL_FIELDS, 1, 0.9)
+            if near:
+                raise ValueError(f"{name} is unknown; did you mean {near[0]}?")
         for name, value in ModelConfig.from_dict(given).to_dict().items():
             setattr(self, name, value)
         self.use_cache = use_cache
         super().__init__(**values)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in MEMORY_FIELDS and name not in MODEL_FIELDS:
+            raise ValueError(f"{name} is a field of the memory; set it by memory=MemoryConfig({name}=...)")
+        if name == "memory":  # as JSON holds it
+            value = _plain(value)
+        super().__setattr__(name, value)
 
     @property
     def model(self) -> ModelConfig:
@@ -58,3 +69,9 @@ class HQLTConfig(PreTrainedConfig):
     def num_attention_heads(self) -> int:
         """Heads H of the first memory."""
         return self.model.memories[0].num_heads
+
+
+def _plain(memory: object) -> object:
+    if isinstance(memory, MemoryConfig):
+        return memory.to_dict()
+    return [_plain(entry) for entry in memory] if isinstance(memory, (list, tuple)) else memory

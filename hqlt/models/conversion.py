@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from hqlt.files import atomic, write_text
-from hqlt.models.files import CONFIG, INDEX, WEIGHTS, load_model, read_json, read_weights, save_model
+from hqlt.files import new_folder, write_tensors, write_text
+from hqlt.models.files import CONFIG, INDEX, WEIGHTS, load_model, read_index, read_json, read_weights, save_model
 from hqlt.models.language_model import LanguageModel
 from hqlt.models.reference_checkpoints import model_from_reference
 from hqlt.models.reference_export import model_to_reference
+from hqlt.models.tokenizer import TOKENIZER
 
 PICKLED = "pytorch_model.bin"
 
@@ -45,16 +46,18 @@ def load_published(path: Path | str, config: Path | str | Mapping[str, Any] | No
         weights = _folder(folder) if path.is_dir() else _file(path)
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise ValueError(f"the checkpoint at {path} is damaged: {error}") from error
-    return model_from_reference(values, weights).eval()
+    try:
+        return model_from_reference(values, weights).eval()
+    except TypeError as error:
+        raise ValueError(f"the checkpoint at {path} cannot be read: {error}") from error
 
 
 def _folder(folder: Path) -> dict[str, Tensor]:
     if (folder / INDEX).is_file() or (folder / WEIGHTS).is_file():
         return read_weights(folder)
     index = folder / f"{PICKLED}.index.json"
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [PICKLED]
     weights: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in read_index(index) if index.is_file() else [PICKLED]:
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder} holds neither {WEIGHTS} nor {shard}; pass the folder of a model")
         weights.update(_file(folder / shard))
@@ -66,7 +69,7 @@ def _file(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # all of them, for truncated files
+    except Exception as error:  # a truncated or foreign file makes torch.load raise nearly anything
         raise ValueError(f"the checkpoint at {path} is damaged: {error}") from error
     # Training scripts wrap the state dict.
     for key in ("model", "state_dict"):
@@ -85,14 +88,16 @@ def save_published(model: LanguageModel, directory: Path | str) -> None:
     """
     directory = Path(directory)
     config, weights = model_to_reference(model)
-    with atomic(directory / WEIGHTS) as temporary:
-        save_file({name: x.detach().contiguous() for name, x in weights.items()}, temporary, metadata={"format": "pt"})
+    tensors = {name: x.detach().contiguous() for name, x in weights.items()}
+    write_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
     (directory / INDEX).unlink(missing_ok=True)
     write_text(directory / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def convert(source: Path | str, target: Path | str, config: Path | str | None = None) -> str:
     """Convert a checkpoint to the other format: a published one to ours, ours to the published one.
+
+    The target appears when it is complete; a ``tokenizer.json`` beside the weights comes along.
 
     Returns:
         what was done, in a sentence.
@@ -102,16 +107,18 @@ def convert(source: Path | str, target: Path | str, config: Path | str | None = 
         FileNotFoundError, ValueError: as :func:`load_published`, :func:`hqlt.load_model` and :func:`save_published`.
     """
     source, target = Path(source), Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; choose a new folder")
-    if source.is_dir() and config is None and _is_ours(source):
-        model = load_model(source)
-        save_published(model, target)
-        kind = read_json(target / CONFIG)["model_type"]
-        return f"{_size(model)} written in the published format of {kind} to {target}"
-    model = load_published(source, config)
-    save_model(model, target)
-    return f"{_size(model)} written to {target}"
+    with new_folder(target) as folder:
+        if source.is_dir() and config is None and _is_ours(source):
+            model = load_model(source)
+            save_published(model, folder)
+            kind = f" in the published format of {read_json(folder / CONFIG)['model_type']}"
+        else:
+            model, kind = load_published(source, config), ""
+            save_model(model, folder)
+        tokenizer = (source if source.is_dir() else source.parent) / TOKENIZER
+        if tokenizer.is_file():
+            shutil.copyfile(tokenizer, folder / TOKENIZER)
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters written{kind} to {target}"
 
 
 def _is_ours(folder: Path) -> bool:
@@ -120,7 +127,3 @@ def _is_ours(folder: Path) -> bool:
     except (json.JSONDecodeError, UnicodeDecodeError):
         return False
     return isinstance(values, dict) and values.get("model_type", "hqlt") == "hqlt" and "memory" in values
-
-
-def _size(model: LanguageModel) -> str:
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters"

@@ -33,6 +33,7 @@ class _Kind:
     device: torch.device
     documents: int
     threads: int
+    vocab_size: int
 
     def convert(self, name: str, x: Tensor) -> Tensor:
         """A part of a state as the step makes it."""
@@ -81,7 +82,7 @@ class Decoder:
             raise ValueError("the model is in training mode; call model.eval() before decoding")
         self.model.check_state(state)
         weight = self.model.head.weight
-        kind = _Kind(weight.dtype, weight.device, state.batch_size, torch.get_num_threads())
+        kind = _Kind(weight.dtype, weight.device, state.batch_size, torch.get_num_threads(), weight.shape[0])
         buffers = []
         for memory, layer in zip(self._memories, state.layers, strict=True):
             size = self._spans[memory.schedule].size
@@ -114,6 +115,11 @@ class Decoder:
             options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
         )
         return spans, step
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens seen by each document, int64 [N] on the host."""
+        return self._position
 
     @property
     def state(self) -> ModelState:

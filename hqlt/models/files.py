@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hqlt.config import ModelConfig
-from hqlt.files import atomic, write_text
+from hqlt.files import write_tensors, write_text
 from hqlt.models.language_model import LanguageModel
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -28,8 +28,7 @@ def save_model(model: LanguageModel, directory: Path | str) -> None:
     weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_embeddings:
         del weights["head.weight"]
-    with atomic(directory / WEIGHTS) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS, weights, {"format": "pt"})
     (directory / INDEX).unlink(missing_ok=True)
     write_text(directory / CONFIG, json.dumps({**IDENTITY, **model.config.to_dict()}, indent=2) + "\n")
 
@@ -88,17 +87,35 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_index(path: Path) -> list[str]:
+    """The names of the files that an index of shards mentions.
+
+    Raises:
+        ValueError: it is no index, or names files elsewhere.
+    """
+    content = read_json(path)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{path} is not an index of shards: it has no weight_map from weights to files")
+    elsewhere = [name for name in names.values() if Path(name).name != name]
+    if elsewhere:
+        raise ValueError(f"{path} names {elsewhere[0]!r}; shards lie beside their index")
+    return sorted(set(names.values()))
+
+
 def read_weights(directory: Path) -> dict[str, Tensor]:
     """All tensors of a folder with one `model.safetensors`, or with shards and their index.
 
     Raises:
         FileNotFoundError: a file is missing.
+        ValueError: a damaged index.
         SafetensorError: a file is truncated or damaged.
     """
     index = directory / INDEX
-    shards = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS]
+    # An index beside a whole file is what an older model has left.
+    sharded = index.is_file() and not (directory / WEIGHTS).is_file()
     weights: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in read_index(index) if sharded else [WEIGHTS]:
         if not (directory / shard).is_file():
             raise FileNotFoundError(f"{directory} holds no {shard}; pass the folder of a model")
         weights.update(load_file(directory / shard))

@@ -171,7 +171,7 @@ def _sample(logits: Tensor, temperature: float, top_p: float, generator: torch.G
     """One token id from logits [V]."""
     if temperature == 0:
         return logits.argmax()
-    probability, order = ((logits.float() - logits.max()) / temperature).softmax(-1).sort(descending=True)
+    probability, order = ((logits.double() - logits.max()) / temperature).softmax(-1).sort(descending=True)
     # A token stays if the more likely ones have not reached top_p yet; the first always does.
     probability[probability.cumsum(-1) - probability >= top_p] = 0
     return order[torch.multinomial(probability, 1, generator=generator)]

@@ -118,9 +118,14 @@ class SequenceModel(nn.Module):
         if len(state.layers) != len(self.blocks):
             raise ValueError(f"the state has {len(state.layers)} layers but the model has {len(self.blocks)}")
 
-    def empty_state(self, documents: int) -> ModelState:
-        """The state of N documents before their first token: what a state of None means."""
-        like = self.norm.weight
+    def empty_state(self, documents: int, like: Tensor | None = None) -> ModelState:
+        """The state of N documents before their first token: what a state of None means.
+
+        Args:
+            documents: N.
+            like: whose dtype and device it takes; None: those of the weights.
+        """
+        like = self.norm.weight if like is None else like
         return ModelState(tuple(block.memory.empty_state(documents, like) for block in self.blocks))  # type: ignore[union-attr, operator]
 
     def advance(
@@ -166,7 +171,7 @@ class LanguageModel(SequenceModel):
 
     def tie_weights(self) -> None:
         """Make head and embedding one parameter if so configured; loading by assignment parts them."""
-        if self.config.tie_embeddings:
+        if self.config.tie_embeddings and isinstance(self.head, nn.Linear):
             self.head.weight = self.embedding.weight
 
     def forward(
@@ -236,6 +241,8 @@ class LanguageModel(SequenceModel):
         """
         used = targets != IGNORE
         if not bool(used.any()):
+            if count is not None:  # a part of a larger batch
+                return 0 * hidden.sum().to(torch.promote_types(hidden.dtype, torch.float32)) / count
             raise ValueError("no token has a target: pass two tokens of one document at least, or targets besides -100")
         hidden, targets = hidden[used], targets[used]
         self._check_range("target", targets)
@@ -268,7 +275,7 @@ class LanguageModel(SequenceModel):
         Raises:
             TypeError, ValueError: tokens that are no ids of the vocabulary, a chunk size below 1, training mode.
         """
-        if not isinstance(chunk_size, int) or chunk_size < 1:
+        if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
             raise ValueError(f"chunk_size={chunk_size!r} must be an int of at least 1")
         if self.training:
             raise ValueError("the model is in training mode; call model.eval() before scoring")

@@ -19,13 +19,14 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from hqlt.layers.linear import Linear
 from hqlt.layers.state import ModelState
 from hqlt.models.cache import HQLTCache
 from hqlt.models.configuration_hqlt import HQLTConfig
-from hqlt.models.language_model import LanguageModel, shifted
+from hqlt.models.language_model import IGNORE, LanguageModel, shifted
 
 
 class HQLTPreTrainedModel(PreTrainedModel):
@@ -59,6 +60,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the embedding; the vocabulary becomes as large as it is."""
         self.model.set_embedding(value)
+        self.config.vocab_size = value.num_embeddings
 
     def _collected(self, hidden_states: bool | None, attentions: bool | None) -> list[Tensor] | None:
         """Where to collect hidden states, if they are wanted."""
@@ -85,10 +87,10 @@ class HQLTPreTrainedModel(PreTrainedModel):
             inputs_embeds = self.model.embedding(input_ids)
         assert inputs_embeds is not None
         past = _own(past_key_values)
-        mask = _new_part(attention_mask, inputs_embeds.shape[1], 0 if past is None else past.get_seq_length())
+        mask = _new_part(attention_mask, inputs_embeds.shape[:2], past)
         state = None if past is None else past.state
         if past is not None and state is None and past.is_croppable:
-            state = self.model.empty_state(inputs_embeds.shape[0]).track()
+            state = self.model.empty_state(inputs_embeds.shape[0], inputs_embeds).track()
         hidden, state = self.model.encode(
             inputs_embeds,
             state,
@@ -99,13 +101,15 @@ class HQLTPreTrainedModel(PreTrainedModel):
         return hidden, state, mask
 
     def _next_cache(
-        self, past: Cache | None, state: ModelState, tokens: int, use_cache: bool | None
+        self, past: Cache | None, state: ModelState, tokens: int, use_cache: bool | None, padded: bool
     ) -> HQLTCache | None:
-        if not (self.config.use_cache and not self.training if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = past is not None or (self.config.use_cache and not self.training)
+        if not use_cache:
             return None
         cache = _own(past)
         cache = HQLTCache() if cache is None else cache
-        cache.advance(state, tokens)
+        cache.advance(state, tokens, padded)
         return cache
 
 
@@ -130,15 +134,17 @@ class HQLTModel(HQLTPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        **packing: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm; arguments as :meth:`HQLTForCausalLM.forward`."""
+        cu_seq_lens_q = _borders(cu_seq_lens_q, packing)
         layers = self._collected(output_hidden_states, output_attentions)
-        hidden, state, _ = self._run(
+        hidden, state, mask = self._run(
             input_ids, inputs_embeds, attention_mask, past_key_values, cu_seq_lens_q, layers
         )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache),
+            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache, mask is not None),
             hidden_states=_with_last(layers, hidden),
         )
 
@@ -190,6 +196,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         cu_seq_lens_q: Tensor | None = None,
         skip_logits: bool | None = None,
+        **packing: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of the next token and, with labels, the loss.
 
@@ -198,12 +205,14 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
             attention_mask: 1 at real tokens, for the new ones [B, T] or for all since the cache was empty.
             past_key_values: the :class:`HQLTCache` of an earlier call, which is advanced in place.
             labels: [B, T], −100 is ignored; shifted here.
-            use_cache: whether to return the cache; by default in evaluation mode.
+            use_cache: whether to return the cache, advanced; by default if one is given, and in evaluation mode.
             output_hidden_states: also return what enters each block, and the last hidden states.
             output_attentions: must not be True: FW memory has no attention weights.
             logits_to_keep: how many last positions, or which positions, get logits; 0 is all.
             num_items_in_batch: divides the summed loss instead of the number of targets (gradient accumulation).
             cu_seq_lens_q: borders 0, …, T of documents packed into one row.
+            packing: what collators add to it (``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``, ``seq_idx``), or
+                ``position_ids`` that begin again at every document, in its place.
             skip_logits: with labels, return the loss alone and never hold the logits of all positions; by default in
                 training.
 
@@ -211,7 +220,14 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
             TypeError, ValueError: as :meth:`hqlt.LanguageModel.forward`; a cache of another kind or model.
         """
         layers = self._collected(output_hidden_states, output_attentions)
-        if past_key_values is not None and (inputs_embeds, labels, layers, cu_seq_lens_q) == (None,) * 4:
+        cu_seq_lens_q = _borders(cu_seq_lens_q, packing)
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be a number of positions, 0 for all, or a tensor")
+        if (
+            past_key_values is not None
+            and use_cache is not False
+            and (inputs_embeds, labels, layers, cu_seq_lens_q) == (None,) * 4
+        ):
             logits = self._compiled_step(input_ids, attention_mask, past_key_values)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
@@ -220,14 +236,19 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         )  # fmt: skip
         loss = None
         if labels is not None:
+            if not isinstance(labels, Tensor):
+                raise TypeError(f"labels must be a tensor, not {type(labels).__name__}")
             targets = shifted(labels.to(hidden.device), hidden.shape[:2], mask, cu_seq_lens_q)
-            loss = self.model.target_loss(hidden, targets, num_items_in_batch)
+            if num_items_in_batch is None and not bool((targets != IGNORE).any()):
+                loss = hidden.sum().float() * torch.nan  # the mean of nothing, as transformers has it
+            else:
+                loss = self.model.target_loss(hidden, targets, num_items_in_batch)
         skip = labels is not None and (self.training if skip_logits is None else skip_logits)
         kept = logits_to_keep if isinstance(logits_to_keep, Tensor) else slice(-logits_to_keep or None, None)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip else self.model.head(hidden[:, kept]),
-            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache),
+            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache, mask is not None),
             hidden_states=_with_last(layers, hidden),
         )
 
@@ -236,7 +257,9 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         cache = _own(past)
         if cache is None or input_ids is None or input_ids.shape[1] != 1:
             return None
-        if _new_part(mask, 1, cache.get_seq_length()) is not None:
+        if cache.decoder is not None and cache.decoder.model is not self.model:
+            raise ValueError("the decoder of the cache belongs to another model; make one of this model")
+        if _new_part(mask, input_ids.shape, cache) is not None:
             return None
         logits = cache.step(input_ids[:, 0])
         return None if logits is None else logits[:, None]
@@ -248,6 +271,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
+        _own(model_kwargs.get("past_key_values"))
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
         if generation_config.use_cache is False:
             return
@@ -261,6 +285,37 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         if generation_config.is_assistant:
             model_kwargs["past_key_values"].activate_past_recording()
 
+    # Whether the tokens of a cache that is given have yet to be left out of the prompt: transformers does so in all
+    # kinds of generation but this one.
+    _assisted = False
+
+    def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
+        cache = _own(options.get("past_key_values"))
+        recorded = cache is not None and cache.is_croppable
+        self._assisted = True
+        try:
+            return super()._assisted_decoding(*arguments, **options)
+        finally:
+            self._assisted = False
+            if cache is not None and not recorded:
+                cache.deactivate_past_recording()
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,  # under this name: ``generate`` looks for it
+    ) -> dict[str, Any]:
+        """What one step of ``generate`` passes to :meth:`forward`."""
+        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        if self._assisted and kwargs.get("is_first_iteration") and next_sequence_length is None and seen:
+            next_sequence_length = input_ids.shape[1] - seen
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+        )
+        return inputs
+
 
 def _own(cache: Cache | None) -> HQLTCache | None:
     if cache is None or isinstance(cache, HQLTCache):
@@ -271,17 +326,55 @@ def _own(cache: Cache | None) -> HQLTCache | None:
     )
 
 
-def _new_part(mask: Tensor | None, tokens: int, past: int) -> Tensor | None:
-    """The columns of a mask that belong to the new tokens; None where all are real."""
+def _new_part(mask: Tensor | None, shape: tuple[int, ...], past: HQLTCache | None) -> Tensor | None:
+    """The columns of a mask that belong to the new tokens (B, T); None where all are real."""
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.shape[-1] not in (tokens, past + tokens):
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor, not {type(mask).__name__}")
+    rows, tokens = shape
+    seen = 0 if past is None else past.get_seq_length()
+    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] not in (tokens, seen + tokens):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected {tokens} columns for the new tokens "
-            f"or {past + tokens} for all since the cache was empty"
+            f"attention_mask has shape {tuple(mask.shape)}; expected {rows} rows and {tokens} columns for the new "
+            f"tokens or {seen + tokens} for all since the cache was empty"
         )
+    if past is not None and len(past) and mask.shape[1] == seen + tokens and seen:
+        claimed, read = (mask[:, :seen] != 0).sum(1).cpu(), past.position
+        if not torch.equal(claimed, read):
+            row = int((claimed != read).nonzero()[0])
+            raise ValueError(
+                f"the mask marks {int(claimed[row])} past tokens of row {row} as real but the cache has read "
+                f"{int(read[row])}: what came after a row's end is in its memories; start a row that ended afresh"
+            )
     new = mask[:, -tokens:]
     return None if bool((new == 1).all()) else new
+
+
+PACKING = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
+
+
+def _borders(borders: Tensor | None, packing: dict[str, Any]) -> Tensor | None:
+    """Borders of packed documents from what collators provide."""
+    unknown = sorted(set(packing) - set(PACKING))
+    if unknown:
+        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
+    keys = packing.get("cu_seq_lens_k")
+    if keys is not None and borders is not None and not torch.equal(keys, borders):
+        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: documents are packed without a past")
+    position = packing.get("position_ids")
+    if position is None or borders is not None:
+        return borders
+    starts = (position == 0).flatten().nonzero()[:, 0]
+    length = torch.tensor([position.shape[-1]], device=position.device)
+    found = torch.cat([starts, length])
+    expected = torch.cat([torch.arange(int(n)) for n in found.diff()]) if position.shape[0] == 1 else None
+    if expected is None or not torch.equal(position.flatten().cpu(), expected):
+        raise ValueError(
+            "position_ids are used to find packed documents only: one row that counts from 0 in every document; "
+            "positions follow from the cache and attention_mask"
+        )
+    return found
 
 
 def _with_last(layers: list[Tensor] | None, hidden: Tensor) -> tuple[Tensor, ...] | None:
@@ -289,6 +382,8 @@ def _with_last(layers: list[Tensor] | None, hidden: Tensor) -> tuple[Tensor, ...
     return None if layers is None else (*layers[:-1], hidden)
 
 
+# Trainer asks here whether the labels of a model are shifted (label smoothing).
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hqlt"] = "HQLTForCausalLM"
 AutoConfig.register("hqlt", HQLTConfig)
 AutoModel.register(HQLTConfig, HQLTModel)
 AutoModelForCausalLM.register(HQLTConfig, HQLTForCausalLM)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hqlt.files import atomic
+from hqlt.files import write_tensors
 from hqlt.layers.state import MemoryState, ModelState
+from hqlt.ops.checks import state_dtype
 
 if TYPE_CHECKING:
     from hqlt.models.language_model import SequenceModel
@@ -74,12 +74,15 @@ def unpack_state(tensors: dict[str, Tensor]) -> ModelState:
     for name, x in tensors.items():
         layer, _, part = name.partition(".")
         if part.endswith((SCALE, LIKE)):
+            if name.removesuffix(SCALE).removesuffix(LIKE) not in tensors:
+                raise ValueError(f"{name!r} belongs to no part of a state")
             continue
         if not layer.isdecimal() or part not in MemoryState.__dataclass_fields__ or part == "history":
             raise ValueError(f"{name!r} is no part of a state")
-        like = tensors.get(name + LIKE)
+        like, scale = tensors.get(name + LIKE), tensors.get(name + SCALE)
+        if x.dtype == torch.int8 and (like is None or scale is None):
+            raise ValueError(f"{name!r} is stored as int8 but its scale or its dtype is missing")
         if like is not None:
-            scale = tensors.get(name + SCALE)
             x = x.to(like.dtype) if scale is None else (x * scale).to(like.dtype)
         layers.setdefault(int(layer), {})[part] = x
     if sorted(layers) != list(range(len(layers))) or not layers:
@@ -97,8 +100,13 @@ def save_state(state: ModelState, path: Path | str, storage: str = "exact") -> N
 def save_tensors(tensors: dict[str, Tensor], path: Path | str, metadata: dict[str, str]) -> None:
     """Write tensors, some of which may share memory, to a safetensors file that is whole or absent."""
     own = {name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
-    with atomic(Path(path)) as temporary:
-        save_file(own, temporary, metadata=metadata)
+    write_tensors(Path(path), own, metadata)
+
+
+def read_notes(path: Path | str) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def load_tensors(path: Path | str, metadata: dict[str, str]) -> dict[str, Tensor]:
@@ -126,11 +134,11 @@ def load_state(path: Path | str, model: SequenceModel | None = None) -> ModelSta
 
     Args:
         path: the file.
-        model: that is to continue it: the state is checked against it and moved to its device.
+        model: that is to continue it: the sizes of the state are checked against it, and it gets its dtype and device.
 
     Raises:
         FileNotFoundError: no file.
-        ValueError: a truncated or foreign file, or a state of another model.
+        ValueError: a truncated or foreign file, or a state of a model of other sizes.
     """
     state = unpack_state(load_tensors(path, FORMAT))
     if model is None:
@@ -139,11 +147,18 @@ def load_state(path: Path | str, model: SequenceModel | None = None) -> ModelSta
         model.check_state(state)
     except ValueError as error:
         raise ValueError(f"the state in {path} does not fit the model: {error}") from error
-    device = model.norm.weight.device
-    return ModelState(tuple(_to_device(layer, device) for layer in state.layers))
+    return fitted(state, model)
 
 
-def _to_device(layer: MemoryState, device: torch.device) -> MemoryState:
-    on_host = ("position", "held")
-    parts = {name: x if name in on_host else x.to(device) for name, x in layer.tensors().items()}
-    return MemoryState(history=None, **parts)
+def fitted(state: ModelState, model: SequenceModel) -> ModelState:
+    """The state on the device and in the dtype of a model."""
+    weight = model.norm.weight
+
+    def fit(name: str, x: Tensor) -> Tensor:
+        if name in ("position", "held"):
+            return x
+        return x.to(weight.device, state_dtype(weight.dtype) if name in ("fast_weight", "log_decay") else weight.dtype)
+
+    return ModelState(
+        tuple(MemoryState(history=None, **{n: fit(n, x) for n, x in layer.tensors().items()}) for layer in state.layers)
+    )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.layers.state import ModelState
-from hqlt.models.state_files import load_tensors, pack_state, save_tensors, unpack_state
+from hqlt.models.state_files import fitted, load_tensors, pack_state, save_tensors, unpack_state
 
 if TYPE_CHECKING:
     from hqlt.models.language_model import LanguageModel
@@ -48,13 +50,13 @@ class StreamScore:
         """Mean −log₂ p of a token; NaN before the second token."""
         return self.nats / math.log(2) / self.scored if self.scored else math.nan
 
-    def save(self, path: Path | str) -> None:
-        """Write a safetensors file that is whole or absent."""
+    def save(self, path: Path | str, **notes: str) -> None:
+        """Write a safetensors file that is whole or absent, with notes in its metadata."""
         if self.last is None:
             raise ValueError("nothing was read yet")
         tensors = {} if self.state is None else pack_state(self.state)
         counts = {"read": torch.tensor(self.read), "nats": torch.tensor(self.nats, dtype=torch.float64)}
-        save_tensors({**tensors, **counts, "last": torch.tensor(self.last)}, path, FORMAT)
+        save_tensors({**tensors, **counts, "last": torch.tensor(self.last)}, path, {**FORMAT, **notes})
 
     @classmethod
     def load(cls, path: Path | str, model: LanguageModel) -> StreamScore:
@@ -62,9 +64,11 @@ class StreamScore:
 
         Raises:
             FileNotFoundError: no file.
-            ValueError: a truncated or foreign file, or a stream that another model has read.
+            ValueError: a truncated or foreign file, or a stream that a model of other sizes has read.
         """
         tensors = load_tensors(path, FORMAT)
+        if not {"read", "nats", "last"} <= set(tensors):
+            raise ValueError(f"the stream in {path} is damaged: it lacks its counts")
         read, nats, last = (tensors.pop(name).item() for name in ("read", "nats", "last"))
         state = unpack_state(tensors) if tensors else None
         if state is not None:
@@ -72,6 +76,7 @@ class StreamScore:
                 model.check_state(state)
             except ValueError as error:
                 raise ValueError(f"the stream in {path} does not fit the model: {error}") from error
+            state = fitted(state, model)
         return cls(int(read), nats, state, int(last))
 
 
@@ -123,22 +128,36 @@ def _pieces(tokens: Tokens, size: int) -> Iterator[Tensor]:
     """What a stream yields as tensors; single ids are gathered first."""
     singles: list[int] = []
     for item in tokens:
-        if isinstance(item, int) and not isinstance(item, bool):
-            singles.append(item)
-        if singles and (len(singles) == size or not isinstance(item, int)):
+        single = _single(item)
+        if single is not None:
+            singles.append(single)
+        if singles and (len(singles) == size or single is None):
             yield torch.tensor(singles)
             singles = []
-        if not isinstance(item, int) or isinstance(item, bool):
+        if single is None:
             yield _ids(item)
     if singles:
         yield torch.tensor(singles)
 
 
+def _single(item: object) -> int | None:
+    if isinstance(item, Integral) and not isinstance(item, bool):
+        return int(item)
+    if isinstance(item, Tensor) and item.dim() == 0:
+        return int(_ids(item[None])[0])
+    return None
+
+
 def _ids(item: object) -> Tensor:
-    if isinstance(item, (bytes, bytearray)):
-        item = list(item)
-    ids = torch.as_tensor(item, dtype=torch.long if isinstance(item, list) and not item else None)
-    if ids.dim() != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        kind = f"{ids.dtype} of shape {tuple(ids.shape)}"
-        raise TypeError(f"a stream yields ids, or lists, 1-D tensors or bytes of them, not {kind}")
-    return ids.long()
+    if isinstance(item, (bytes, bytearray, memoryview)):
+        return torch.frombuffer(bytearray(item), dtype=torch.uint8).long() if len(item) else torch.zeros(0).long()
+    try:
+        array = item.detach().cpu().numpy() if isinstance(item, Tensor) else np.array(item)
+    except (TypeError, ValueError):
+        array = np.empty((), object)
+    if array.ndim == 1 and not array.size:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        kind = f"{type(item).__name__} of {array.dtype} {array.shape}"
+        raise TypeError(f"a stream yields ids, or lists, 1-D arrays, tensors or bytes of them, not a {kind}")
+    return torch.from_numpy(array.astype(np.int64))

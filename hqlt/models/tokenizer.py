@@ -3,35 +3,54 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
 BYTES = 256
 TOKENIZER = "tokenizer.json"
+BLOCK = 1 << 18  # of a file that is read piece by piece
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back."""
+    """Text to ids and back.
+
+    Attributes:
+        start: ids that come before every text.
+    """
+
+    start: list[int]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+        """Ids of a piece of a text."""
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that takes one id after the other and returns the text that has become complete."""
+    def stream(self, before: list[int]) -> Callable[[int], str]:
+        """A function that takes the ids after others one by one and returns the text that has become complete."""
+
+    def read(self, path: Path) -> Iterator[Sequence[int]]:
+        """Ids of a file, piece by piece, in memory that does not depend on its size; the same pieces every time."""
 
 
 class ByteTokenizer:
     """UTF-8 bytes; the id of a byte is its value."""
 
+    def __init__(self) -> None:
+        self.start: list[int] = []
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text; what a terminal could not decode comes back as the bytes it was."""
         return list(text.encode(errors="surrogateescape"))
 
-    def stream(self) -> Callable[[int], str]:
+    def stream(self, before: list[int]) -> Callable[[int], str]:
         """A function that takes one byte after the other; bytes that are no UTF-8 become U+FFFD."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda token: decoder.decode(bytes([token]))
+
+    def read(self, path: Path) -> Iterator[Sequence[int]]:
+        """The bytes of a file as they are."""
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                yield block
 
 
 class FileTokenizer:
@@ -46,6 +65,11 @@ class FileTokenizer:
             self._library = Library.from_file(str(path))
         except Exception as error:  # the library raises no narrower type
             raise ValueError(f"{path} is no tokenizer: {error}") from error
+        # What the tokenizer puts around a text begins a document; its end is for the model to write.
+        plain = self.encode("a")
+        framed = list(self._library.encode("a").ids)
+        places = [n for n in range(len(framed)) if framed[n : n + len(plain)] == plain]
+        self.start: list[int] = framed[: places[0]] if places else []
 
     @property
     def size(self) -> int:
@@ -53,15 +77,25 @@ class FileTokenizer:
         return int(self._library.get_vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with what the tokenizer adds at its start and end."""
-        return list(self._library.encode(text).ids)
+        """Ids of a piece of a text; what is no Unicode becomes U+FFFD."""
+        text = text.encode(errors="surrogateescape").decode(errors="replace")
+        return list(self._library.encode(text, add_special_tokens=False).ids)
 
-    def stream(self) -> Callable[[int], str]:
-        """A function that takes one id after the other and returns the text that has become complete."""
+    def stream(self, before: list[int]) -> Callable[[int], str]:
+        """A function that takes the ids after others one by one and returns the text that has become complete."""
         from tokenizers.decoders import DecodeStream
 
         stream = DecodeStream(skip_special_tokens=True)
+        # A space belongs to the word after it, which only its predecessors tell.
+        for token in before[-8:]:
+            stream.step(self._library, token)
         return lambda token: stream.step(self._library, token) or ""
+
+    def read(self, path: Path) -> Iterator[Sequence[int]]:
+        """Ids of a file that is cut at line ends; longer lines are cut in between."""
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            while block := file.read(BLOCK):
+                yield self.encode(block + file.readline(BLOCK))
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> Tokenizer:

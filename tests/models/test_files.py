@@ -96,8 +96,27 @@ def test_shards_of_an_older_model_do_not_survive(tmp_path):
 
 def test_a_missing_shard_is_named(tmp_path):
     save_model(small_model(), tmp_path)
+    (tmp_path / WEIGHTS).unlink()
     (tmp_path / INDEX).write_text('{"weight_map": {"embedding.weight": "model-1.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"holds no model-1\.safetensors"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'])
+def test_a_damaged_index_is_refused(tmp_path, content):
+    save_model(small_model(), tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / INDEX).write_text(content)
+    with pytest.raises(ValueError, match="is not an index of shards"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd"])
+def test_an_index_stays_in_its_folder(tmp_path, name):
+    save_model(small_model(), tmp_path)
+    (tmp_path / WEIGHTS).unlink()
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"embedding.weight": name}}))
+    with pytest.raises(ValueError, match="shards lie beside their index"):
         load_model(tmp_path)
 
 

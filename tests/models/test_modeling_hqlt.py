@@ -11,6 +11,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    DataCollatorWithFlattening,
     DynamicCache,
     GenerationConfig,
     TextStreamer,
@@ -21,7 +22,7 @@ from transformers import (
 import hqlt
 from hqlt import Decoder, HQLTCache, HQLTConfig, HQLTForCausalLM, HQLTModel, LanguageModel, MemoryConfig, ModelConfig
 from hqlt.models import language_model
-from tests.helpers import assert_close, borders_of, only_memory
+from tests.helpers import assert_close, borders_of
 
 VOCABULARY, PAD, END = 37, 0, 1
 HYBRID = (
@@ -61,6 +62,9 @@ def make(memory=HYBRID, seed: int = 3, **options) -> HQLTForCausalLM:
 def ids(batch: int, length: int) -> torch.Tensor:
     """Tokens other than pad and end."""
     return torch.randint(2, VOCABULARY, (batch, length))
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
 
 
 def never_ending(**options) -> GenerationConfig:
@@ -153,8 +157,14 @@ def test_around_a_plain_model():
 
 
 def test_bad_configurations():
-    with pytest.raises(ValueError, match="window: a field of the memory; pass memory=MemoryConfig"):
+    with pytest.raises(ValueError, match="window is a field of the memory; set it by memory=MemoryConfig"):
         HQLTConfig(window=16)
+    with pytest.raises(ValueError, match="hidden_size is a field of the memory"):
+        HQLTConfig().hidden_size = 32
+    with pytest.raises(ValueError, match="hiden_ratio is unknown; did you mean hidden_ratio"):
+        HQLTConfig(hiden_ratio=2.0)
+    with pytest.raises(ValueError, match="tie_embeddings=False contradicts tie_word_embeddings=True"):
+        HQLTConfig(tie_word_embeddings=True, tie_embeddings=False)
     with pytest.raises(ValueError, match="schedule='now' is unknown"):
         HQLTConfig(memory={"schedule": "now"})
     with pytest.raises(ValueError, match="vocab_size=0 must be at least 1"):
@@ -169,6 +179,36 @@ def test_a_damaged_folder(tmp_path):
         HQLTForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is damaged"):
         hqlt.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "memory", [HYBRID, MemoryConfig(hidden_size=16, window=4, short_convolution=True)], ids=["hybrid", "conv"]
+)
+def test_weights_on_disk_are_loaded_where_they_are_used(memory, tmp_path):
+    model, tokens = make(memory), ids(1, 9)
+    model.save_pretrained(tmp_path / "model")
+    options = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "offload")}
+    loaded = HQLTForCausalLM.from_pretrained(tmp_path / "model", **options)
+    assert loaded.model.head.weight.device.type == "meta"
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert torch.equal(loaded.generate(tokens, **GREEDY), model.generate(tokens, **GREEDY))
+
+
+def test_a_whole_file_beside_older_shards(tmp_path):
+    make().save_pretrained(tmp_path, max_shard_size="10KB")
+    model = make(seed=9)
+    model.save_pretrained(tmp_path)
+    tokens = ids(1, 5)
+    assert torch.equal(hqlt.load_model(tmp_path)(tokens)[0], model(tokens).logits)
+
+
+def test_a_memory_given_as_a_configuration_is_saved_as_json(tmp_path):
+    model = make(MemoryConfig(hidden_size=16, window=5))
+    model.save_pretrained(tmp_path)
+    other = HQLTForCausalLM.from_pretrained(tmp_path, memory=MemoryConfig(hidden_size=16, window=9))
+    assert other.config.model.memory.window == 9
+    other.config.memory = HYBRID[:2]
+    assert [entry["window"] for entry in json.loads(other.config.to_json_string())["memory"]] == [4, None]
 
 
 # Forward
@@ -278,6 +318,42 @@ def test_packed_documents():
     assert_close(packed.loss, sum(losses) / 17)
 
 
+@pytest.mark.parametrize(("flash", "position_ids"), [(True, True), (True, False), (False, True)])
+def test_packed_by_the_collator_of_transformers(flash, position_ids):
+    model, rows = make().double(), [ids(1, n)[0] for n in (7, 1, 12)]
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash, return_position_ids=position_ids)
+    batch = collate([{"input_ids": row.tolist()} for row in rows])
+    out = model(**batch)
+    assert_close(out.logits[:, 8:], model(rows[2][None]).logits)
+    losses = [model(row[None], labels=row[None]).loss * (len(row) - 1) for row in (rows[0], rows[2])]
+    assert_close(out.loss, sum(losses) / 17)
+
+
+def test_a_micro_batch_without_a_target():
+    model, tokens = make().train(), ids(2, 5)
+    nothing = torch.full_like(tokens, -100)
+    loss = model(tokens, labels=nothing, num_items_in_batch=torch.tensor(7)).loss
+    loss.backward()
+    assert loss == 0
+    assert all(not bool(p.grad.any()) for p in model.parameters() if p.grad is not None)
+    assert model(tokens, labels=nothing).loss.isnan()
+
+
+def test_training_over_segments_of_a_text():
+    model, tokens, cache = make().double().train(), ids(1, 12), HQLTCache()
+    first = model(tokens[:, :6], labels=tokens[:, :6], past_key_values=cache)
+    assert first.past_key_values is cache
+    assert cache.get_seq_length() == 6
+    second = model(tokens[:, 6:], past_key_values=cache, skip_logits=False)
+    assert_close(second.logits, model(tokens, use_cache=False).logits[:, 6:])
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_torch_compile():
+    model, tokens = make(MEMORIES["delayed_streaming-delta-rope"]), ids(2, 9)
+    assert_close(torch.compile(model, backend="eager")(tokens).logits, model(tokens).logits, 1e-6)
+
+
 # Generation
 
 
@@ -343,14 +419,16 @@ def test_a_fork_goes_its_own_way():
 )
 def test_beam_search(options):
     model, prompts = make(), [ids(1, n)[0] for n in (4, 9)]
+    end = int(model.generate(prompts[0][None], never_ending(**options))[0, 8])
     cached, uncached = (
         model.generate(
             **padded(prompts),
-            generation_config=never_ending(eos_token_id=END, pad_token_id=PAD, use_cache=flag, **options),
+            generation_config=never_ending(eos_token_id=end, pad_token_id=PAD, use_cache=flag, **options),
         )
         for flag in (True, False)
     )
     assert torch.equal(cached, uncached)
+    assert end in cached[:, 9:]
 
 
 def test_sampling_constraints_and_stopping():
@@ -408,6 +486,23 @@ def test_speculative_decoding_is_greedy_decoding(memory):
     assert torch.equal(model.generate(more, never_ending(), past_key_values=kept), model.generate(more, never_ending()))
 
 
+@pytest.mark.parametrize("name", ["synchronous-delta-rope", "delayed_chunk-gated_delta-none", "four kinds"])
+def test_speculative_turns_of_a_conversation(name):
+    model, draft, sizes = make(MEMORIES[name]), make(seed=4), []
+    for options in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
+        cache, text = HQLTCache(), torch.empty(1, 0, dtype=torch.long)
+        for turn in (ids(1, 6), ids(1, 3), ids(1, 1)):
+            text = torch.cat([text, turn], 1)
+            expected = model.generate(text, **GREEDY)
+            text = model.generate(text, **GREEDY, **options, past_key_values=cache)
+            assert torch.equal(text, expected)
+            assert cache.get_seq_length() == text.shape[1] - 1
+            assert not cache.is_croppable
+            sizes.append(cache.state.num_bytes)
+    if name != "four kinds":
+        assert max(sizes) < 2 * min(sizes)
+
+
 @pytest.mark.parametrize("name", ["synchronous-delta-rope", "delayed_chunk-gated_delta-none"])
 def test_steps_of_a_decoder(name):
     model, prompts = make(MEMORIES[name]), [ids(1, n)[0] for n in (3, 9)]
@@ -436,6 +531,17 @@ def test_a_decoder_serves_one_cache_at_a_time():
         model.generate(prompt, never_ending(), past_key_values=cache)
     with pytest.raises(RuntimeError, match="the decoder was given to another text meanwhile"):
         _ = caches[0].state
+    fork = copy.deepcopy(caches[1])
+    text = model.generate(prompt, never_ending())
+    for cache in (fork, caches[1]):
+        again = model.generate(torch.cat([text, prompt], 1), never_ending(), past_key_values=cache)
+        assert torch.equal(again, model.generate(torch.cat([text, prompt], 1), never_ending()))
+    length = caches[1].get_seq_length()
+    assert model(prompt[:, :1], past_key_values=caches[1], use_cache=False).past_key_values is None
+    assert caches[1].get_seq_length() == length
+    stranger = HQLTCache(decoder=Decoder(make(MEMORIES["synchronous-delta-rope"], 9).model, compile=False))
+    with pytest.raises(ValueError, match="the decoder of the cache belongs to another model"):
+        model.generate(prompt, never_ending(), past_key_values=stranger)
 
 
 # Errors
@@ -457,17 +563,61 @@ def test_what_does_not_fit():
     assert cache.get_seq_length() == 5
     with pytest.raises(ValueError, match="has a hole"):
         model(tokens, attention_mask=torch.tensor([[1, 0, 1, 1, 1]] * 2))
-    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 4\); expected 5 columns for the new tokens"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask has shape \(2, 4\); expected 2 rows and 5 columns for the new"
+    ):
         model(tokens, attention_mask=torch.ones(2, 4))
     with pytest.raises(ValueError, match="token id 37 is outside the vocabulary"):
         model(torch.full((1, 2), VOCABULARY))
     with pytest.raises(TypeError, match="int32 or int64"):
         model(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(7, 5\)"):
+        model(tokens, attention_mask=torch.ones(7, 5))
+    with pytest.raises(TypeError, match="attention_mask must be a tensor, not list"):
+        model(tokens, attention_mask=[[1] * 5] * 2)
+    with pytest.raises(TypeError, match="labels must be a tensor, not list"):
+        model(tokens, labels=tokens.tolist())
+    with pytest.raises(ValueError, match="logits_to_keep=-2 must be a number of positions"):
+        model(tokens, logits_to_keep=-2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
+        model(tokens, colour=1)
+    with pytest.raises(ValueError, match="position_ids are used to find packed documents only"):
+        model(tokens, position_ids=torch.arange(5).expand(2, -1))
+    with pytest.raises(ValueError, match="output_attentions: there are no attention weights"):
+        model(tokens, output_attentions=True)
+    with pytest.raises(TypeError, match="past_key_values must be an HQLTCache, not ModelState"):
+        model.generate(tokens, never_ending(), past_key_values=cache.state)
+    with pytest.raises(TypeError, match="state must be a ModelState, not HQLTForCausalLM"):
+        HQLTCache(model)
     for both in ({}, {"input_ids": tokens, "inputs_embeds": torch.ones(2, 5, 16)}):
         with pytest.raises(ValueError, match="pass either input_ids or inputs_embeds"):
             model(**both)
     with pytest.raises(ValueError, match="cache_implementation='static' is not for this model"):
         model.generate(tokens, never_ending(cache_implementation="static"))
+
+
+def test_rows_that_ended_are_not_continued():
+    model, prompt, cache = make(), ids(2, 5), HQLTCache()
+    free = model.generate(prompt, **GREEDY)
+    end = next(int(a) for a, b in zip(free[0, 5:9], free[1, 5:9], strict=True) if a not in free[1])
+    text = model.generate(prompt, **GREEDY, eos_token_id=end, pad_token_id=PAD, past_key_values=cache)
+    text = torch.cat([text, ids(2, 3)], 1)
+    with pytest.raises(ValueError, match=r"past tokens of row 0 as real but the cache has read 12: .* start a row"):
+        model.generate(text, attention_mask=(text != PAD).long(), **GREEDY, past_key_values=cache)
+
+
+def test_columns_with_pads_are_not_cropped():
+    model, cache = make(), HQLTCache()
+    cache.activate_past_recording()
+    mask = torch.tensor([[1] * 6 + [0] * 2, [1] * 8])
+    model(ids(2, 8), attention_mask=mask, past_key_values=cache)
+    with pytest.raises(ValueError, match=r"crop\(-2\): only the last 0 columns are free of pads"):
+        cache.crop(-2)
+    for _ in range(3):
+        model(ids(2, 1), past_key_values=cache)
+    cache.crop(-2)
+    assert cache.state.position.tolist() == [7, 9]
+    assert cache.get_seq_length() == 9
 
 
 def test_caches_that_cannot_be_cropped():
@@ -537,11 +687,18 @@ def test_trainer(tmp_path):
     assert torch.equal(loaded(tokens).logits, model.eval()(tokens).logits)
 
 
+def test_label_smoothing_shifts_the_labels(tmp_path):
+    model, tokens = make(), ids(2, 8)
+    trainer = Trainer(model, arguments(tmp_path, label_smoothing_factor=1e-9))
+    loss = trainer.compute_loss(model, {"input_ids": tokens, "labels": tokens})
+    assert_close(loss, model(tokens, labels=tokens).loss, 1e-6)
+
+
 def test_accumulated_gradients_weigh_tokens_equally(tmp_path):
     class Uneven(Rows):
         def __getitem__(self, n):
             row = super().__getitem__(n)
-            return {**row, "labels": row["labels"].masked_fill(torch.arange(12) < n % 11, -100)}
+            return {**row, "labels": row["labels"].masked_fill(torch.arange(12) < n % 13, -100)}
 
     def trained(**options):
         model = make(MemoryConfig(hidden_size=16, window=5)).double()
@@ -583,4 +740,3 @@ def test_json_of_the_configuration_holds_each_field_once():
     assert "hidden_size" not in values
     assert values["memory"][1]["window"] is None
     assert HQLTConfig.from_dict(values).model == make().config.model
-    assert only_memory()["kv_memory"] is False

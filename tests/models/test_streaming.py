@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from hqlt import StreamScore
 from hqlt.models import streaming
@@ -32,6 +33,10 @@ FORMS = {
     "bytes": lambda text: [bytes(text[:9].tolist()), b"", bytes(text[9:].tolist())],
     "mixed": lambda text: [*text[:3].tolist(), text[3:11], *text[11:12].tolist(), text[12:].tolist()],
     "one piece": lambda text: [text],
+    "a tensor": lambda text: text,
+    "arrays": lambda text: [text[:30].numpy().astype("uint16"), (), tuple(text[30:].tolist())],
+    "an array": lambda text: text.numpy(),
+    "a view": lambda text: [memoryview(bytes(text.tolist()))],
 }
 
 
@@ -84,12 +89,17 @@ def test_tokens_that_are_none():
         list(model().stream([0, 1, VOCABULARY]))
     with pytest.raises(ValueError, match="token id -1 is outside"):
         list(model().stream([-1]))
-    with pytest.raises(TypeError, match=r"not torch.float32 of shape \(2,\)"):
+    with pytest.raises(TypeError, match=r"not a Tensor of float32 \(2,\)"):
         list(model().stream([torch.ones(2)]))
-    with pytest.raises(TypeError, match=r"not torch.bool of shape \(\)"):
+    with pytest.raises(TypeError, match=r"not a bool of bool \(\)"):
         list(model().stream([True]))
-    with pytest.raises(TypeError, match=r"of shape \(1, 5\)"):
+    with pytest.raises(TypeError, match=r"not a Tensor of int64 \(1, 5\)"):
         list(model().stream([ids(1, 5)]))
+    for nothing in (None, {}, [[1], [2, 3]], iter([1])):
+        with pytest.raises(TypeError, match="a stream yields ids"):
+            list(model().stream([nothing]))
+    with pytest.raises(ValueError, match="chunk_size=True must be"):
+        model().stream([1], chunk_size=True)
     with pytest.raises(ValueError, match="chunk_size=0 must be an int of at least 1"):
         model().stream([1], chunk_size=0)
     with pytest.raises(ValueError, match="in training mode"):
@@ -107,8 +117,22 @@ def test_files_of_other_streams(tmp_path):
     (tmp_path / "progress").write_bytes(content[:200])
     with pytest.raises(ValueError, match="is damaged"):
         StreamScore.load(tmp_path / "progress", model())
+    score.save(tmp_path / "progress")
+    content = load_file(tmp_path / "progress")
+    save_file({k: x for k, x in content.items() if k != "read"}, tmp_path / "progress", metadata=streaming.FORMAT)
+    with pytest.raises(ValueError, match="is damaged: it lacks its counts"):
+        StreamScore.load(tmp_path / "progress", model())
     with pytest.raises(ValueError, match="nothing was read yet"):
         StreamScore().save(tmp_path / "progress")
+
+
+def test_a_score_goes_on_in_another_precision(tmp_path):
+    text = ids(1, 64)[0]
+    (*_, score) = model().stream([text[:30]])
+    score.save(tmp_path / "progress")
+    narrow = model().bfloat16()
+    (*_, end) = narrow.stream([text[30:]], start=StreamScore.load(tmp_path / "progress", narrow))
+    assert_close(torch.tensor(end.nats), torch.tensor(whole(text)), 0.02)
 
 
 def test_half_precision_is_near():

@@ -43,8 +43,8 @@ def window_attention(
         cu_seqlens: borders of packed documents among the queries (B = 1).
         key_cu_seqlens: the same among the keys; absent, the keys have no past.
         angles: cosine and sine for the queries, [T, 1 or H, K / 2] each, and for the keys, [P + T, 1 or H, K / 2],
-            shared by the rows: query and key are first turned by them as :func:`hqlt.ops.rotary` does. None: they are
-            used as they are.
+            shared by the rows, constants: query and key are first turned by them as :func:`hqlt.ops.rotary` does.
+            None: they are used as they are.
         dropout: on the attention weights.
         backend: ``reference``, ``chunked`` or ``auto`` (chunked).
         chunk_size: about how many queries make a tile; changes a result by rounding only. None chooses.
@@ -81,6 +81,8 @@ def window_attention(
 def _check_angles(x: Tensor, angles: Angles, name: str) -> None:
     expected = (x.shape[1], 1, x.shape[3] // 2), (*x.shape[1:3], x.shape[3] // 2)
     for kind, table in zip(("cosine", "sine"), angles, strict=True):
+        if table.requires_grad:
+            raise ValueError(f"the {kind} for {name} requires a gradient; angles are constants, detach them")
         if tuple(table.shape) not in expected or x.shape[3] % 2:
             raise ValueError(
                 f"the {kind} for {name} has shape {tuple(table.shape)}; {name} of shape {tuple(x.shape)} needs "
