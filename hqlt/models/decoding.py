@@ -73,7 +73,7 @@ class Decoder:
         self._position = torch.zeros(0, dtype=torch.long)
 
     def load(self, state: ModelState) -> None:
-        """Continue from this state: what a call of the model returned. ``loads`` counts the calls.
+        """Continue from this state: what a call of the model returned, untracked. ``loads`` counts the calls.
 
         Raises:
             ValueError: the model is in training mode, or the state belongs to another configuration.

@@ -111,6 +111,33 @@ def test_a_fork_is_cropped_alone():
     assert_same_state(state, at(layer, x, 10))
 
 
+@pytest.mark.parametrize("options", [PRODUCT[name] for name in SOME], ids=SOME)
+@torch.no_grad()
+def test_a_row_starts_afresh_beside_a_tracked_one(options):
+    layer, x = make_layer(**options).eval(), draw(2, 40)
+    _, state = layer(x[:, :20], layer.empty_state(2, x).track(12))
+    state = state.replace_rows(torch.tensor([0]), layer.empty_state(1, x).track(8))
+    assert state.history.limit == 8
+    assert_same_state(row_of(layer, state.crop(torch.tensor([0, 2])), 1), at(layer, x[1:], 18))
+    _, state = layer(x[:, 20:25], state)
+    cropped = state.crop(torch.tensor([4, 6]))
+    assert_same_state(row_of(layer, cropped, 0), at(layer, x[:1, 20:], 1))
+    assert_same_state(row_of(layer, cropped, 1), at(layer, x[1:], 19))
+    bare = state.replace_rows(torch.tensor([1]), layer.empty_state(1, x))
+    assert bare.history is None
+
+
+@torch.no_grad()
+def test_a_history_keeps_nothing_else_alive():
+    layer = make_layer(short_convolution=True).eval()
+    mask = torch.arange(1000) < torch.tensor([1000, 5])[:, None]
+    _, state = layer(draw(2, 1000), layer.empty_state(2, draw(1, 1)).track(), attention_mask=mask)
+    for kept in (state, state.select(torch.tensor([1])), state.crop(torch.tensor([995, 0]))):
+        held = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in kept.history.tokens.values()}
+        assert sum(held.values()) <= kept.history.num_bytes
+    assert state.select(torch.tensor([1])).num_bytes < state.num_bytes / 50
+
+
 @torch.no_grad()
 def test_a_tracked_state_is_a_value():
     layer, x = make_layer(short_convolution=True).eval(), draw(2, 20)
@@ -136,6 +163,12 @@ def test_what_cannot_be_taken_back():
         state.track(3).crop(1)
     with pytest.raises(ValueError, match="cannot take back -1 tokens"):
         state.track(3).crop(-1)
+    for tokens in (2.9, True, torch.tensor([1.7, 0.2]), torch.tensor([1, 2, 3])):
+        with pytest.raises(ValueError, match="must be how many to take back"):
+            state.track(3).crop(tokens)
+    for limit in (-1, 2.5):
+        with pytest.raises(ValueError, match="must be a number of tokens"):
+            state.track(3).cut(limit)
     for limit in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match="must be a positive number of tokens, or None"):
             state.track(limit)

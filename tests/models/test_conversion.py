@@ -174,3 +174,63 @@ def test_a_hybrid_of_layers_cannot_be_expressed(tmp_path):
     pattern = (MemoryConfig(**SHAPE), MemoryConfig(**SHAPE, update_rule=None))
     with pytest.raises(ValueError, match="cannot express layers of different kinds"):
         save_published(LanguageModel(ModelConfig(memory=pattern)), tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hidden_size": "16"}, {"num_heads": None}, {"use_short_conv": "false"}, {"tie_word_embeddings": "yes"}],
+    ids=str,
+)
+def test_a_configuration_of_wrong_types(change, tmp_path):
+    save_published(make(KINDS["chunk"]), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_published(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"", b"\x80\x02}q"])
+def test_a_file_that_is_no_checkpoint(content, tmp_path):
+    save_published(make(KINDS["chunk"]), tmp_path)
+    (tmp_path / "step.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_published(tmp_path / "step.pt")
+
+
+def test_a_checkpoint_with_counts_beside_the_weights(tmp_path):
+    save_published(make(KINDS["chunk"]), tmp_path)
+    torch.save({"step": 3, **load_file(tmp_path / "model.safetensors")}, tmp_path / "step.pt")
+    with pytest.raises(ValueError, match="weight 'step' must be a floating-point tensor"):
+        load_published(tmp_path / "step.pt")
+
+
+def test_an_old_format_that_is_cut(tmp_path):
+    save_published(make(KINDS["chunk"]), tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "a.pt").read_bytes()
+    for keep in range(0, len(content), len(content) // 40):
+        (tmp_path / "a.pt").write_bytes(content[:keep])
+        with pytest.raises(ValueError, match="is damaged"):
+            load_published(tmp_path / "a.pt")
+
+
+def test_the_tokenizer_comes_along_and_nothing_is_left_half_done(tmp_path, monkeypatch):
+    hqlt.save_model(make(KINDS["chunk"]), tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    convert(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "{}"
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("hqlt.models.conversion.write_text", fail)
+    with pytest.raises(OSError, match="no space left"):
+        convert(tmp_path / "a", tmp_path / "c")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+
+
+def test_an_older_index_does_not_survive(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    save_published(make(KINDS["chunk"]), tmp_path)
+    assert_same(load_published(tmp_path), make(KINDS["chunk"]))
+    assert not (tmp_path / "model.safetensors.index.json").exists()

@@ -45,9 +45,10 @@ def test_a_tracked_state_is_saved_without_its_past(tmp_path):
     assert_equal(load_state(tmp_path / "state"), tracked.untracked())
 
 
-def test_a_state_before_the_first_token(tmp_path):
+@pytest.mark.parametrize("storage", ["exact", "bfloat16", "int8"])
+def test_a_state_before_the_first_token(tmp_path, storage):
     model = small_model()
-    save_state(model.empty_state(2), tmp_path / "state")
+    save_state(model.empty_state(2), tmp_path / "state", storage)
     tokens = ids(2, 5)
     assert torch.equal(model(tokens, load_state(tmp_path / "state", model))[0], model(tokens)[0])
 
@@ -74,16 +75,17 @@ def test_the_error_of_a_storage_is_that_of_its_rounding(storage, most, tmp_path)
 def test_storages_save_memory():
     _, state = state_of()
     single = state.map(lambda x: x.float() if x.is_floating_point() else x)
-    sizes = {
-        storage: sum(
-            x.numel() * x.element_size() for name, x in pack_state(single, storage).items() if "memory" not in name
-        )
-        for storage in ("exact", "bfloat16", "int8")
-    }
-    assert sizes["bfloat16"] < 0.65 * sizes["exact"]
-    assert sizes["int8"] < 0.65 * sizes["exact"]
-    wide = [x for name, x in pack_state(single, "int8").items() if name.endswith("fast_weight")]
-    assert {x.dtype for x in wide} == {torch.int8}
+
+    def size(storage: str, *parts: str) -> int:
+        packed = pack_state(single, storage).items()
+        return sum(x.numel() * x.element_size() for name, x in packed if name.split(".")[1] in parts)
+
+    exact = size("exact", "fast_weight", "key", "value")
+    assert size("bfloat16", "fast_weight", "key", "value") == exact // 2
+    # A scale of four bytes comes on top of every eight values.
+    assert exact // 4 < size("int8", "fast_weight", "key", "value") <= exact // 4 + exact // 8
+    for storage in ("bfloat16", "int8"):
+        assert size(storage, "beta", "convolution", "position") == size("exact", "beta", "convolution", "position")
 
 
 def test_rows_of_zeros_stay_zero():
@@ -99,7 +101,6 @@ def test_what_cannot_be_stored(tmp_path):
     broken = state.map(lambda x: x / 0 if x.is_floating_point() else x)
     with pytest.raises(ValueError, match=r"0\.fast_weight holds values that are not finite"):
         save_state(broken, tmp_path / "state", "int8")
-    assert not list(tmp_path.iterdir())
     with pytest.raises(FileNotFoundError, match="there is no hqlt state at"):
         load_state(tmp_path / "state")
     save_state(state, tmp_path / "state")
@@ -120,6 +121,9 @@ def test_what_cannot_be_stored(tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        (lambda x: x.pop("0.fast_weight.scale"), "'0.fast_weight' is stored as int8 but its scale"),
+        (lambda x: x.pop("0.fast_weight.like"), "'0.fast_weight' is stored as int8 but its scale or its dtype"),
+        (lambda x: x.update({"7.foo.scale": torch.ones(1)}), "'7.foo.scale' belongs to no part"),
         (lambda x: x.pop("0.position"), "has no position"),
         (lambda x: x.update({"0.colour": torch.ones(1)}), "'0.colour' is no part of a state"),
         (lambda x: [x.pop(name) for name in list(x) if name.startswith("1.")], r"these are \[0, 2, 3\]"),
@@ -128,7 +132,7 @@ def test_what_cannot_be_stored(tmp_path):
 )
 def test_tensors_that_are_no_state(change, match, tmp_path):
     _, state = state_of()
-    save_state(state, tmp_path / "state")
+    save_state(state, tmp_path / "state", "int8")
     tensors = load_file(tmp_path / "state")
     change(tensors)
     with pytest.raises(ValueError, match=match):
@@ -142,3 +146,14 @@ def test_a_prefix_cache_equals_reading_the_prefix_again(tmp_path):
         save_state(model(prefix)[1], tmp_path / "prefix")
         found = model(turn, load_state(tmp_path / "prefix", model))[0]
         assert_close(found, model(torch.cat([prefix, turn], 1))[0][:, 50:])
+
+
+def test_a_state_gets_the_precision_of_the_model(tmp_path):
+    model, state = state_of()
+    save_state(state, tmp_path / "state")
+    narrow = small_model().eval().bfloat16()
+    loaded = load_state(tmp_path / "state", narrow)
+    assert loaded.layers[0].fast_weight.dtype == torch.float32
+    assert loaded.layers[0].key.dtype == torch.bfloat16
+    narrow(ids(3, 4), loaded)
+    assert load_state(tmp_path / "state", model).layers[0].key.dtype == torch.float64

@@ -163,6 +163,13 @@ def test_angles_of_packed_documents(window, anchored, heads):
         assert_close(window_attention(**x, angles=angles, backend=backend, **options), expected)
 
 
+def test_angles_are_constants():
+    x, (of_query, of_key) = tokens(1, 9, 9), turned(9, 0)
+    angles = ((of_query[0].clone().requires_grad_(), of_query[1]), of_key)
+    with pytest.raises(ValueError, match="the cosine for query requires a gradient; angles are constants"):
+        window_attention(**x, angles=angles, window=4)
+
+
 def test_turning_in_bfloat16_rounds_the_read_only():
     x = tokens(2, 130, 140, torch.bfloat16)
     read = window_attention(**x, angles=turned(130, 10, torch.float32), window=16)
