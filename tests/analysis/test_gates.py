@@ -52,7 +52,13 @@ def test_one_is_fw_memory_and_zero_is_kv_memory():
     model, input_ids = small_model(MemoryConfig(**SHARE)), torch.randint(11, (9,))
     mixer = model.blocks[0].memory.mixer
     reads: list[tuple[torch.Tensor, ...]] = []
-    mixer.register_forward_hook(lambda _, inputs, output: reads.append((*(inputs[3](x) for x in inputs[1:3]), output)))
+    norm = model.blocks[0].memory.output_norm
+
+    def note(_, inputs, output):
+        both = (norm(read) for read in inputs[1:])
+        reads.append((*both, norm(*output)))
+
+    mixer.register_forward_hook(note)
     x = inputs_of_memories(model, input_ids)[0]
     for sign, place, expected in ((1.0, 0, 1.0), (-1.0, 1, 0.0)):
         # Rows that follow the input's sign at every token make the gate 1 (or 0) everywhere.
