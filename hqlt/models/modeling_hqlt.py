@@ -26,6 +26,7 @@ from hqlt.layers.linear import Linear
 from hqlt.layers.state import ModelState
 from hqlt.models.cache import HQLTCache
 from hqlt.models.configuration_hqlt import HQLTConfig
+from hqlt.models.inputs_hqlt import new_mask, own_cache, packed_borders
 from hqlt.models.language_model import IGNORE, LanguageModel, shifted
 
 
@@ -86,8 +87,8 @@ class HQLTPreTrainedModel(PreTrainedModel):
             self.model.check_ids(input_ids)
             inputs_embeds = self.model.embedding(input_ids)
         assert inputs_embeds is not None
-        past = _own(past_key_values)
-        mask = _new_part(attention_mask, inputs_embeds.shape[:2], past)
+        past = own_cache(past_key_values)
+        mask = new_mask(attention_mask, inputs_embeds.shape[:2], past)
         state = None if past is None else past.state
         if past is not None and state is None and past.is_croppable:
             state = self.model.empty_state(inputs_embeds.shape[0], inputs_embeds).track()
@@ -107,7 +108,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
             use_cache = past is not None or (self.config.use_cache and not self.training)
         if not use_cache:
             return None
-        cache = _own(past)
+        cache = own_cache(past)
         cache = HQLTCache() if cache is None else cache
         cache.advance(state, tokens, padded)
         return cache
@@ -137,7 +138,7 @@ class HQLTModel(HQLTPreTrainedModel):
         **packing: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the final norm; arguments as :meth:`HQLTForCausalLM.forward`."""
-        cu_seq_lens_q = _borders(cu_seq_lens_q, packing)
+        cu_seq_lens_q = packed_borders(cu_seq_lens_q, packing)
         layers = self._collected(output_hidden_states, output_attentions)
         hidden, state, mask = self._run(
             input_ids, inputs_embeds, attention_mask, past_key_values, cu_seq_lens_q, layers
@@ -220,7 +221,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
             TypeError, ValueError: as :meth:`hqlt.LanguageModel.forward`; a cache of another kind or model.
         """
         layers = self._collected(output_hidden_states, output_attentions)
-        cu_seq_lens_q = _borders(cu_seq_lens_q, packing)
+        cu_seq_lens_q = packed_borders(cu_seq_lens_q, packing)
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number of positions, 0 for all, or a tensor")
         if (
@@ -254,12 +255,12 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
 
     def _compiled_step(self, input_ids: Tensor | None, mask: Tensor | None, past: Cache) -> Tensor | None:
         """Logits [B, 1, V] from the cache's decoder; None where it has none, or for more than a token per document."""
-        cache = _own(past)
+        cache = own_cache(past)
         if cache is None or input_ids is None or input_ids.shape[1] != 1:
             return None
         if cache.decoder is not None and cache.decoder.model is not self.model:
             raise ValueError("the decoder of the cache belongs to another model; make one of this model")
-        if _new_part(mask, input_ids.shape, cache) is not None:
+        if new_mask(mask, input_ids.shape, cache) is not None:
             return None
         logits = cache.step(input_ids[:, 0])
         return None if logits is None else logits[:, None]
@@ -271,7 +272,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
-        _own(model_kwargs.get("past_key_values"))
+        own_cache(model_kwargs.get("past_key_values"))
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
         if generation_config.use_cache is False:
             return
@@ -290,7 +291,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
     _assisted = False
 
     def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
-        cache = _own(options.get("past_key_values"))
+        cache = own_cache(options.get("past_key_values"))
         recorded = cache is not None and cache.is_croppable
         self._assisted = True
         try:
@@ -315,66 +316,6 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
             input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
         )
         return inputs
-
-
-def _own(cache: Cache | None) -> HQLTCache | None:
-    if cache is None or isinstance(cache, HQLTCache):
-        return cache
-    raise TypeError(
-        f"past_key_values must be an HQLTCache, not {type(cache).__name__}: this model has two memories; "
-        "pass HQLTCache() or leave it out"
-    )
-
-
-def _new_part(mask: Tensor | None, shape: tuple[int, ...], past: HQLTCache | None) -> Tensor | None:
-    """The columns of a mask that belong to the new tokens (B, T); None where all are real."""
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a tensor, not {type(mask).__name__}")
-    rows, tokens = shape
-    seen = 0 if past is None else past.get_seq_length()
-    if mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] not in (tokens, seen + tokens):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; expected {rows} rows and {tokens} columns for the new "
-            f"tokens or {seen + tokens} for all since the cache was empty"
-        )
-    if past is not None and len(past) and mask.shape[1] == seen + tokens and seen:
-        claimed, read = (mask[:, :seen] != 0).sum(1).cpu(), past.position
-        if not torch.equal(claimed, read):
-            row = int((claimed != read).nonzero()[0])
-            raise ValueError(
-                f"the mask marks {int(claimed[row])} past tokens of row {row} as real but the cache has read "
-                f"{int(read[row])}: what came after a row's end is in its memories; start a row that ended afresh"
-            )
-    new = mask[:, -tokens:]
-    return None if bool((new == 1).all()) else new
-
-
-PACKING = ("cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
-
-
-def _borders(borders: Tensor | None, packing: dict[str, Any]) -> Tensor | None:
-    """Borders of packed documents from what collators provide."""
-    unknown = sorted(set(packing) - set(PACKING))
-    if unknown:
-        raise TypeError(f"forward() got an unexpected keyword argument {unknown[0]!r}")
-    keys = packing.get("cu_seq_lens_k")
-    if keys is not None and borders is not None and not torch.equal(keys, borders):
-        raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: documents are packed without a past")
-    position = packing.get("position_ids")
-    if position is None or borders is not None:
-        return borders
-    starts = (position == 0).flatten().nonzero()[:, 0]
-    length = torch.tensor([position.shape[-1]], device=position.device)
-    found = torch.cat([starts, length])
-    expected = torch.cat([torch.arange(int(n)) for n in found.diff()]) if position.shape[0] == 1 else None
-    if expected is None or not torch.equal(position.flatten().cpu(), expected):
-        raise ValueError(
-            "position_ids are used to find packed documents only: one row that counts from 0 in every document; "
-            "positions follow from the cache and attention_mask"
-        )
-    return found
 
 
 def _with_last(layers: list[Tensor] | None, hidden: Tensor) -> tuple[Tensor, ...] | None:
