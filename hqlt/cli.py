@@ -85,6 +85,9 @@ def _add_speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         command.add_argument("--top-p", type=float, default=0.95, help="default: %(default)s")
         command.add_argument("--seed", type=_seed, default=0, help="of the sampling (default: 0)")
         command.add_argument("--compile", action="store_true", help="compile the step: slow start, fast tokens")
+        command.add_argument(
+            "--threads", type=_workers, help="of torch (default: one for a small model, which waits for others in vain)"
+        )
 
 
 def _add_score(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -163,7 +166,7 @@ def _speaker(options: argparse.Namespace) -> tuple[Speaker, Sampling]:
     check_sampling(options.temperature, options.top_p)
     stop = getattr(options, "stop", None)
     sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p, options.seed, stop)
-    return Speaker(options.model, options.compile, options.state), sampling
+    return Speaker(options.model, options.compile, options.state, options.threads), sampling
 
 
 def _generate(options: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ HELP = """Type a text, and the model goes on from it. It keeps what was said in 
   /help, /quit"""
 
 MOST_TURNS = 100  # that can be taken back
+SMALL = 5_000_000  # weights
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,20 @@ class Sampling:
 class Speaker:
     """A model with its tokenizer that reads and writes one text."""
 
-    def __init__(self, folder: Path, compiled: bool, state: Path | None = None) -> None:
+    def __init__(self, folder: Path, compiled: bool, state: Path | None = None, threads: int | None = None) -> None:
         """Load a model and, if given, the state of the text so far.
 
         Args:
             folder: of the model.
             compiled: whether to compile the step for single tokens: 10–30 s at the start, then several times faster.
             state: a file that :func:`hqlt.save_state` wrote.
+            threads: of torch. None: one where the model is so small that a step is over before a second thread has
+                begun; if another program uses the core, waiting for it makes the step many times slower.
         """
         self.model = load_model(folder)
+        weights = sum(p.numel() for p in self.model.parameters())
+        if threads is not None or weights < SMALL:
+            torch.set_num_threads(threads or 1)
         self.tokenizer = load_tokenizer(folder, self.model.config.vocab_size)
         self.decoder = Decoder(self.model) if compiled else None
         if self.decoder is not None:
