@@ -11,6 +11,9 @@ from transformers import Cache
 from hqlt.layers.state import ModelState
 from hqlt.models.decoding import Decoder
 
+# Tokens before the crop that a draft model may still ask back.
+KEPT_AFTER_CROP = 16
+
 
 class HQLTCache(Cache):
     """What a model carries from one call of transformers to the next: both memories of every layer.
@@ -184,7 +187,3 @@ class HQLTCache(Cache):
         copy = HQLTCache(self.state, self._tokens)
         copy._recording, copy._unpadded = self._recording, self._unpadded
         return copy
-
-
-# Tokens before the crop that a draft model may still ask back.
-KEPT_AFTER_CROP = 16

@@ -311,6 +311,16 @@ LAYER_NAMES = {
 }
 
 
+# Beginnings of the other names; N is the layer.
+MODEL_NAMES = (
+    ("model.embeddings.", "embedding."),
+    ("lm_head.", "head."),
+    ("model.norm.", "norm."),
+    ("model.layers.N.attn_norm.", "blocks.N.memory_norm."),
+    ("model.layers.N.mlp", "blocks.N.mlp"),
+)
+
+
 def _layer_weights(given: dict[str, Tensor], memory: MemoryConfig, prefix: str) -> dict[str, Tensor]:
     """One layer's weights from published to our names; unknown names stay, to be reported."""
     given.pop(prefix + UNUSED_WEIGHT.get(memory.update_rule or "", "-"), None)
@@ -334,15 +344,12 @@ def _model_weights(given: dict[str, Tensor], model: ModelConfig) -> dict[str, Te
         layer = {name: given.pop(name) for name in list(given) if name.startswith(prefix)}
         for name, tensor in _layer_weights(layer, memory, prefix).items():
             state[name.replace(prefix, f"blocks.{n}.memory.")] = tensor
-    renames = (
-        (r"^model\.embeddings\.", "embedding."),
-        (r"^lm_head\.", "head."),
-        (r"^model\.norm\.", "norm."),
-        (r"^model\.layers\.(\d+)\.attn_norm\.", r"blocks.\1.memory_norm."),
-        (r"^model\.layers\.(\d+)\.mlp", r"blocks.\1.mlp"),
-    )
-    for name, tensor in given.items():
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        state[name] = tensor
-    return state
+    return state | {renamed(name): tensor for name, tensor in given.items()}
+
+
+def renamed(name: str, to_published: bool = False) -> str:
+    """A weight of the model outside its memories, from its published name to ours or back."""
+    for published, ours in MODEL_NAMES:
+        source, target = (ours, published) if to_published else (published, ours)
+        name = re.sub("^" + re.escape(source).replace("N", r"(\d+)"), target.replace("N", r"\1"), name)
+    return name

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.models.language_model import LanguageModel
-from hqlt.models.reference_checkpoints import LAYER_NAMES, SCHEDULE_OF_MODE
+from hqlt.models.reference_checkpoints import LAYER_NAMES, SCHEDULE_OF_MODE, renamed
 
 MODE_OF_SCHEDULE = {pair: mode for mode, pair in SCHEDULE_OF_MODE.items()}
 MIXER_FLAGS = {
@@ -134,16 +134,7 @@ def _weights(model: LanguageModel, memory: MemoryConfig) -> dict[str, Tensor]:
         if block is not None:
             weights.update(_memory_weights(f"model.layers.{block[1]}.attn.", block[2], tensor, memory))
             continue
-        renames = (
-            (r"^embedding\.", "model.embeddings."),
-            (r"^head\.", "lm_head."),
-            (r"^norm\.", "model.norm."),
-            (r"^blocks\.(\d+)\.memory_norm\.", r"model.layers.\1.attn_norm."),
-            (r"^blocks\.(\d+)\.mlp", r"model.layers.\1.mlp"),
-        )
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        weights[name] = tensor
+        weights[renamed(name, to_published=True)] = tensor
     if memory.update_rule == "linear":
         unused = weights["model.layers.0.attn.q_proj.weight"].new_zeros(memory.num_heads, memory.hidden_size)
         weights.update({f"model.layers.{n}.attn.b_proj.weight": unused.clone() for n in range(len(model.blocks))})
