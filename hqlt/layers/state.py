@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.layers.history import History
+from hqlt.ops.checks import state_dtype
 
 PER_TOKEN = ("key", "value", "beta", "log_decay")
 
@@ -131,6 +132,11 @@ class MemoryState:
         """The parts that this layer has, by name."""
         parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "history"}
         return {name: part for name, part in parts.items() if part is not None}
+
+
+def part_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a part of a state beside inputs of ``dtype``: what accumulates is kept in at least float32."""
+    return state_dtype(dtype) if name in ("fast_weight", "log_decay") else dtype
 
 
 def _fit(x: Tensor, held: int) -> Tensor:

@@ -111,13 +111,14 @@ class HQLTCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Continue these documents, in this order; a document may be repeated."""
-        if self.state is not None:
-            self._replace(self.state.select(indices.cpu()))
+        state = self.state
+        if state is not None:
+            self._replace(state.select(indices.cpu()))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Continue every document as many times."""
-        if self.state is not None:
-            self.batch_select_indices(torch.arange(self.state.batch_size).repeat_interleave(repeats))
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def activate_past_recording(self) -> None:
         """Remember later tokens, so that :meth:`crop` can take them back."""
@@ -158,7 +159,7 @@ class HQLTCache(Cache):
     @property
     def batch_size(self) -> int:
         """Documents, −1 while the cache is empty."""
-        return -1 if self.state is None else self.state.batch_size
+        return -1 if self._state is None else len(self.position)
 
     @property
     def is_compileable(self) -> bool:
@@ -168,7 +169,7 @@ class HQLTCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether the cache holds a state."""
-        return self.state is not None
+        return self._state is not None
 
     @property
     def is_croppable(self) -> bool:

@@ -15,9 +15,8 @@ from hqlt.layers.fixed import FixedSegments, FixedSpan
 from hqlt.layers.fw_memory import write_chunk
 from hqlt.layers.hybrid_memory import HybridMemory
 from hqlt.layers.schedule import Schedule
-from hqlt.layers.state import PER_TOKEN, MemoryState, ModelState
+from hqlt.layers.state import PER_TOKEN, MemoryState, ModelState, part_dtype
 from hqlt.models.language_model import LanguageModel
-from hqlt.ops.checks import state_dtype
 
 Buffers = list[dict[str, Tensor]]
 Spans = dict[Schedule, FixedSpan]
@@ -37,8 +36,7 @@ class _Kind:
 
     def convert(self, name: str, x: Tensor) -> Tensor:
         """A part of a state as the step makes it."""
-        dtype = state_dtype(self.dtype) if name in ("fast_weight", "log_decay") else self.dtype
-        return x.to(self.device, dtype).contiguous()
+        return x.to(self.device, part_dtype(name, self.dtype)).contiguous()
 
 
 class Decoder:

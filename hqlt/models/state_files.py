@@ -10,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hqlt.files import write_tensors
-from hqlt.layers.state import MemoryState, ModelState
-from hqlt.ops.checks import state_dtype
+from hqlt.layers.state import MemoryState, ModelState, part_dtype
 
 if TYPE_CHECKING:
     from hqlt.models.language_model import SequenceModel
@@ -143,21 +142,25 @@ def load_state(path: Path | str, model: SequenceModel | None = None) -> ModelSta
     state = unpack_state(load_tensors(path, FORMAT))
     if model is None:
         return state
+    return fitted(state, model, f"the state in {path}")
+
+
+def fitted(state: ModelState, model: SequenceModel, what: str) -> ModelState:
+    """The state on the device and in the dtype of a model.
+
+    Raises:
+        ValueError: it is that of a model of other sizes; ``what`` names it.
+    """
     try:
         model.check_state(state)
     except ValueError as error:
-        raise ValueError(f"the state in {path} does not fit the model: {error}") from error
-    return fitted(state, model)
-
-
-def fitted(state: ModelState, model: SequenceModel) -> ModelState:
-    """The state on the device and in the dtype of a model."""
+        raise ValueError(f"{what} does not fit the model: {error}") from error
     weight = model.norm.weight
 
     def fit(name: str, x: Tensor) -> Tensor:
         if name in ("position", "held"):
             return x
-        return x.to(weight.device, state_dtype(weight.dtype) if name in ("fast_weight", "log_decay") else weight.dtype)
+        return x.to(weight.device, part_dtype(name, weight.dtype))
 
     return ModelState(
         tuple(MemoryState(history=None, **{n: fit(n, x) for n, x in layer.tensors().items()}) for layer in state.layers)

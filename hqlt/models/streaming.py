@@ -70,13 +70,7 @@ class StreamScore:
         if not {"read", "nats", "last"} <= set(tensors):
             raise ValueError(f"the stream in {path} is damaged: it lacks its counts")
         read, nats, last = (tensors.pop(name).item() for name in ("read", "nats", "last"))
-        state = unpack_state(tensors) if tensors else None
-        if state is not None:
-            try:
-                model.check_state(state)
-            except ValueError as error:
-                raise ValueError(f"the stream in {path} does not fit the model: {error}") from error
-            state = fitted(state, model)
+        state = fitted(unpack_state(tensors), model, f"the stream in {path}") if tensors else None
         return cls(int(read), nats, state, int(last))
 
 
