@@ -15,19 +15,19 @@ from tqdm import tqdm
 
 from hqlt.analysis.gates import memory_gates
 from hqlt.files import write_jsonl, write_text
+from hqlt.machine import available_cores
 from hqlt.models.files import save_model
 from hqlt.models.generation import generate
 from hqlt.models.language_model import LanguageModel
-from hqlt.recipes import ParityRecipe, TextRecipe, quickstart_parity, quickstart_text
-from hqlt.tasks import formal
+from hqlt.recipes import TextRecipe, quickstart_parity, quickstart_text
 from hqlt.tasks.text import ByteCorpus, python_documents
 from hqlt.training.loop import Metrics, Task, train
-from hqlt.training.parallel import Job, available_cores, run_parallel
+from hqlt.training.parallel import Job, run_parallel
+from hqlt.training.synthetic import SyntheticRecipe, synthetic_task
 
 PROMPT = "def read_file(path):\n    "
 NATS_PER_BIT = math.log(2)
 VALIDATION_WINDOWS = 96
-PARITY_TEST_SEQUENCES = 512
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ def quickstart(directory: Path, seed: int = 0, workers: int | None = None) -> Pa
     _say(f"Python {platform.python_version()}, torch {torch.__version__}; results go to {directory}")
     _say(f"1. Language: {len(corpus.train) / 1e6:.1f} MB of this interpreter's documentation and library, "
          f"{len(corpus.validation) / 1e6:.1f} MB of other files held out")  # fmt: skip
-    names = [("text", name) for name in text.models] + [("parity", name) for name in parity.models]
+    names = [("text", name) for name in text.models] + [("parity", name) for name in parity]
     _say(f"2. Parity: is the number of ones odd? Training {len(names)} models, {workers} at a time:")
     run_parallel([Job(name, _train, (task, name, directory, seed)) for task, name in names], workers)
     text_runs = [_finished("text", name, directory, seed, corpus) for name in text.models]
-    parity_runs = [_finished("parity", name, directory, seed, corpus) for name in parity.models]
+    parity_runs = [_finished("parity", name, directory, seed, corpus) for name in parity]
     hqlt = text_runs[0].model
     save_model(hqlt, directory / "model")
     _say("3. Text from the HQLT model")
@@ -77,7 +77,7 @@ def quickstart(directory: Path, seed: int = 0, workers: int | None = None) -> Pa
             for r in runs for row in r.rows]  # fmt: skip
     write_jsonl(directory / "metrics.jsonl", rows)
     path = directory / "report.html"
-    write_text(path, _report(text, text_runs, parity, parity_runs, sample))
+    write_text(path, _report(text, text_runs, parity["HQLT"], parity_runs, sample))
     _say(f"4. Report: {path.resolve()}")
     return path
 
@@ -96,30 +96,6 @@ def text_task(corpus: ByteCorpus, recipe: TextRecipe) -> Task:
 
     digest = hashlib.sha256(corpus.train.numpy().tobytes()).hexdigest()[:16]
     return Task(batch, evaluate, {"text": digest, "batch_size": recipe.batch_size, "length": recipe.length})
-
-
-def parity_task(recipe: ParityRecipe) -> Task:
-    """Parity with growing lengths; measures accuracy at every test length on sequences never trained on."""
-
-    def batch(seed: int, step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
-        start = min(recipe.shortest + 3, recipe.longest)
-        grown = start + (recipe.longest - start) * step / max(1.0, recipe.growth * recipe.training.steps)
-        return formal.parity(recipe.batch_size, recipe.shortest, min(recipe.longest, int(grown)), generator)
-
-    def evaluate(model: LanguageModel) -> Metrics:
-        generator = torch.Generator().manual_seed(2**63 - 1)  # no training step has this seed
-        accuracy = {}
-        for length in recipe.test_lengths:
-            input_ids, targets = formal.parity(PARITY_TEST_SEQUENCES, length, length, generator)
-            hidden, _ = model.hidden_states(input_ids)
-            answer = model.head(hidden[:, -1]).argmax(-1)
-            accuracy[str(length)] = 100 * float((answer == targets[:, -1]).float().mean())
-        return {"accuracy": accuracy}
-
-    fingerprint = {"shortest": recipe.shortest, "longest": recipe.longest, "batch_size": recipe.batch_size}
-    tested = {"test_lengths": list(recipe.test_lengths), "test_sequences": PARITY_TEST_SEQUENCES}
-    return Task(batch, evaluate, {**fingerprint, "growth": recipe.growth, **tested})
 
 
 def stream_text(model: LanguageModel, prompt: str, count: int, seed: int) -> bytes:
@@ -143,7 +119,7 @@ def _train(task: str, name: str, directory: Path, seed: int, position: int) -> N
     if task == "text":
         result = f"{run.final['bits_per_byte']:.3f} bits per byte"
     else:
-        longest = quickstart_parity(seed).longest  # shown: this length and its multiples
+        longest = quickstart_parity(seed)[name].trained[1]  # shown: this length and its multiples
         shown = {n: value for n, value in run.final["accuracy"].items() if int(n) % longest == 0}
         result = ", ".join(f"{value:.1f} % at length {n}" for n, value in shown.items())
     tqdm.write(f"   {task:6} {name:22} {result} ({run.final['seconds']:.0f} s)")
@@ -151,20 +127,25 @@ def _train(task: str, name: str, directory: Path, seed: int, position: int) -> N
 
 def _finished(task: str, name: str, directory: Path, seed: int, corpus: ByteCorpus | None, position: int = 0) -> Run:
     """The trained model of a run, which is trained now as far as it is not yet."""
-    text, parity = quickstart_text(seed), quickstart_parity(seed)
-    recipe = text if task == "text" else parity
-    torch.manual_seed(seed)
-    model = LanguageModel(recipe.models[name])
-    work = text_task(corpus, text) if task == "text" and corpus is not None else parity_task(parity)
+    if task == "text" and corpus is not None:
+        text = quickstart_text(seed)
+        torch.manual_seed(seed)
+        model, work, training = LanguageModel(text.models[name]), text_task(corpus, text), text.training
+    else:
+        recipe = quickstart_parity(seed)[name]
+        model, work, training = recipe.build(), synthetic_task(recipe), recipe.training
     folder = directory / task / name.lower().replace("+", "p").replace(" ", "-")
-    rows = train(model, work, recipe.training, folder, f"   {task:6} {name:22}", position)
+    rows = train(model, work, training, folder, f"   {task:6} {name:22}", position)
     return Run(name, model.eval(), rows)
 
 
-def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity_runs: list[Run], sample: bytes) -> str:
+def _report(
+    text: TextRecipe, text_runs: list[Run], parity: SyntheticRecipe, parity_runs: list[Run], sample: bytes
+) -> str:
     """The report as one HTML page."""
     from hqlt.analysis.report import Curve, Section, figure_svg, plot_curves, plot_gates, render
 
+    longest = parity.trained[1]
     curves: dict[str, Curve] = {
         run.name: [(row["tokens"], row["bits_per_byte"]) for row in run.rows] for run in text_runs
     }
@@ -196,18 +177,18 @@ def _report(text: TextRecipe, text_runs: list[Run], parity: ParityRecipe, parity
             ),
             Section(
                 "State tracking: parity",
-                f"Trained on lengths {parity.shortest}–{parity.longest}, tested beyond; chance is 50 %. One seed "
-                f"({parity.training.seed}), {PARITY_TEST_SEQUENCES} sequences a length. A memory that writes each "
+                f"Trained on lengths {parity.trained[0]}–{longest}, tested beyond; chance is 50 %. One seed "
+                f"({parity.training.seed}), {parity.validation_samples} sequences a length. A memory that writes each "
                 "token as it arrives can flip a state with every bit; attention of fixed depth cannot, and neither "
                 "can a fast weight that is written only when a token leaves the window.",
                 table=[
                     {"model": run.name, "parameters": f"{_parameters(run.model):,}", **{
                         f"length {n}": f"{run.final['accuracy'][str(n)]:.1f} %"
-                        for n in (parity.longest, 2 * parity.longest, max(parity.test_lengths))
+                        for n in (longest, 2 * longest, parity.bands[-1][1])
                     }}
                     for run in parity_runs
                 ],
-                figure=figure_svg(plot_curves(by_length, "sequence length", "accuracy (%)", marker=parity.longest,
+                figure=figure_svg(plot_curves(by_length, "sequence length", "accuracy (%)", marker=longest,
                                               marker_label="longest in training", chance=50.0)),
             ),
             Section(

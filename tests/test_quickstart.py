@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import hqlt.quickstart
-from hqlt import LanguageModel, MemoryConfig, ModelConfig
+from hqlt import LanguageModel, ModelConfig
 from hqlt.models.files import load_model
-from hqlt.quickstart import parity_task, quickstart, stream_text, text_task
-from hqlt.recipes import ParityRecipe, TextRecipe, quickstart_parity, quickstart_text
-from hqlt.tasks import formal
+from hqlt.quickstart import quickstart, stream_text, text_task
+from hqlt.recipes import TextRecipe, quickstart_parity, quickstart_text
 from hqlt.tasks.text import ByteCorpus
-from hqlt.training import Interrupted, Job, TrainingConfig, evaluate, loop
+from hqlt.training import Interrupted, Job, evaluate, loop
+from hqlt.training.synthetic import SyntheticRecipe
 
 PARITY_LENGTHS = (4, 6, 12, 20)
-TEXT_MODELS, PARITY_MODELS = list(quickstart_text().models), list(quickstart_parity().models)
+TEXT_MODELS, PARITY_MODELS = list(quickstart_text().models), list(quickstart_parity())
 
 
 def shrunk(config: ModelConfig) -> ModelConfig:
@@ -33,13 +33,18 @@ def small_text(seed: int = 0) -> TextRecipe:
     return replace(recipe, models=models, training=training, batch_size=2, length=16)
 
 
-def small_parity(seed: int = 0) -> ParityRecipe:
-    recipe = quickstart_parity(seed)
-    training = replace(recipe.training, steps=3, warmup_steps=1, evaluate_every=2)
-    models = {name: shrunk(config) for name, config in recipe.models.items()}
-    return replace(
-        recipe, models=models, training=training, batch_size=4, shortest=3, longest=6, test_lengths=PARITY_LENGTHS
-    )
+def small_parity(seed: int = 0) -> dict[str, SyntheticRecipe]:
+    small = {"batch_size": 4, "trained": (3, 6), "bands": tuple((n, n) for n in PARITY_LENGTHS)}
+    return {
+        name: replace(
+            recipe,
+            model=shrunk(recipe.model),
+            training=replace(recipe.training, steps=3, warmup_steps=1, evaluate_every=2),
+            validation_samples=8,
+            **small,
+        )
+        for name, recipe in quickstart_parity(seed).items()
+    }
 
 
 def documents() -> list[tuple[str, bytes]]:
@@ -60,7 +65,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "python_documents": documents,
         "run_parallel": one_after_the_other,
         "VALIDATION_WINDOWS": 4,
-        "PARITY_TEST_SEQUENCES": 8,
     }
     for name, replacement in replacements.items():
         monkeypatch.setattr(hqlt.quickstart, name, replacement)
@@ -183,60 +187,6 @@ def test_text_is_measured_in_bits_per_byte_of_the_held_out_part(monkeypatch):
     assert evaluate(model, task)["bits_per_byte"] == pytest.approx(8, abs=1e-5)
     other = ByteCorpus(corpus.train.flip(0), corpus.validation)
     assert text_task(other, small_text()).fingerprint != task.fingerprint
-
-
-def test_parity_lengths_grow_to_the_longest():
-    training = TrainingConfig(steps=100, learning_rate=1e-3, warmup_steps=1)
-    recipe = replace(quickstart_parity(), training=training, shortest=3, longest=20, growth=0.5, batch_size=400)
-    lengths = [int((parity_task(recipe).batch(0, step)[0] != 0).sum(1).max()) + 1 for step in range(0, 100, 5)]
-    assert lengths == sorted(lengths)
-    assert lengths[0] == 6
-    assert lengths[9] < 20
-    assert set(lengths[10:]) == {20}
-
-
-class Oracle(LanguageModel):
-    """Answers parity with the truth, or with its opposite."""
-
-    def __init__(self, right: bool) -> None:
-        super().__init__(
-            ModelConfig(vocab_size=3, num_hidden_layers=1, memory=MemoryConfig(hidden_size=4, num_heads=1))
-        )
-        self.right = right
-        with torch.no_grad():
-            self.head.weight.copy_(torch.eye(3, 4))
-
-    def hidden_states(self, input_ids, state=None, **options):
-        answer = (input_ids == 2).cumsum(1) % 2 + 1
-        if not self.right:
-            answer = 3 - answer
-        return torch.nn.functional.one_hot(answer, 4).float(), state
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_parity_accuracy_is_that_of_the_answers(right):
-    metrics = parity_task(small_parity()).evaluate(Oracle(right))
-    assert metrics == {"accuracy": dict.fromkeys(map(str, PARITY_LENGTHS), 100.0 if right else 0.0)}
-
-
-def test_parity_is_not_tested_on_what_it_was_trained_on(monkeypatch):
-    seeds: list[int] = []
-    make = formal.parity
-
-    def noted(*arguments):
-        seeds.append(arguments[-1].initial_seed())
-        return make(*arguments)
-
-    monkeypatch.setattr(formal, "parity", noted)
-    task = parity_task(small_parity())
-    task.evaluate(Oracle(True))
-    tested = set(seeds)
-    seeds.clear()
-    for seed in (0, 1, 2**30 - 1, 2**30):  # the command takes seeds up to here
-        for step in (0, 1, 10**6):
-            task.batch(seed, step)
-    assert len(set(seeds)) == len(seeds)
-    assert tested.isdisjoint(seeds)
 
 
 # Text

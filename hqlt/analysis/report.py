@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from importlib.resources import files
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -74,6 +75,47 @@ def plot_curves(
     axes.set_ylabel(y_label)
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
+    return figure
+
+
+def plot_panels(
+    panels: dict[str, list[Curve]],
+    x_label: str,
+    y_label: str,
+    *,
+    marker: float | None = None,
+    marker_label: str = "",
+    columns: int = 5,
+) -> Figure:
+    """A panel for each name with all its curves, thin, and their median at every x, thick; axes are shared.
+
+    Args:
+        panels: curves with the same x.
+        marker: x of a vertical line, named by ``marker_label``.
+        columns: panels side by side.
+    """
+    from matplotlib.figure import Figure
+
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.3 * min(columns, len(panels)) + 0.5, 1.9 * lines + 0.6), layout="constrained")
+    grid = figure.subplots(lines, min(columns, len(panels)), sharex=True, sharey=True, squeeze=False).flatten()
+    for axes, (name, curves) in zip(grid, panels.items(), strict=False):
+        if marker is not None:
+            axes.axvline(marker, color="#999", linewidth=1, linestyle="--", label=marker_label)
+        for curve in curves:
+            axes.plot(*zip(*curve, strict=True), color=COLOURS[0], linewidth=0.7, alpha=0.5)
+        middle = [(points[0][0], median(y for _, y in points)) for points in zip(*curves, strict=True)]
+        axes.plot(*zip(*middle, strict=True), color=COLOURS[0], linewidth=2.0, label="median of the seeds")
+        axes.set_title(name, fontsize=8)
+        axes.set_ylim(-8, 105)
+        axes.tick_params(labelsize=7)
+        axes.grid(alpha=0.25)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    figure.supxlabel(x_label, fontsize=9)
+    figure.supylabel(y_label, fontsize=9)
+    handles, labels = grid[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=8)
     return figure
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hqlt.files import write_text
-from hqlt.training.parallel import available_cores
+from hqlt.machine import machine
+from hqlt.results import markdown_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,27 +89,7 @@ def markdown(records: list[Record]) -> str:
         "loss", "error",
     )  # fmt: skip
     rows = [record.cells for record in records]
-    columns = [name for name in order if any(name in row for row in rows)]
-    widths = {name: max(len(name), *(len(row.get(name, "")) for row in rows)) for name in columns}
-    lines = [
-        {name: name for name in columns},
-        {name: "-" * widths[name] for name in columns},
-        *rows,
-    ]
-    return "\n".join("| " + " | ".join(line.get(n, "").ljust(widths[n]) for n in columns) + " |" for line in lines)
-
-
-def machine(**settings: Any) -> dict[str, Any]:
-    """What a number depends on beside the code."""
-    return {
-        "processor": _processor(),
-        "cores": available_cores(),
-        "threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **settings,
-    }
+    return markdown_table(rows, order)
 
 
 def save(path: Path, command: str, records: list[Record], **settings: Any) -> None:
@@ -119,20 +97,3 @@ def save(path: Path, command: str, records: list[Record], **settings: Any) -> No
     rows = [{name: x for name, x in asdict(record).items() if x is not None} for record in records]
     content = {"command": command, "machine": machine(**settings), "records": rows}
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def has_bfloat16() -> str:
-    """Whether the processor multiplies bfloat16: yes, no, or unknown."""
-    flags = _cpuinfo("flags") or _cpuinfo("Features")
-    return "unknown" if not flags else "yes" if "bf16" in flags else "no"
-
-
-def _processor() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def _cpuinfo(name: str) -> str:
-    """The first value of this name that Linux reports, or nothing."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

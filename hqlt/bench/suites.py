@@ -14,9 +14,10 @@ from hqlt.bench.context import bench_context
 from hqlt.bench.generate import bench_generate
 from hqlt.bench.layer import LENGTHS, bench_layer, plot_cost
 from hqlt.bench.ops import bench_ops, transformers_fallback
-from hqlt.bench.record import Record, has_bfloat16, machine, markdown, save
+from hqlt.bench.record import Record, markdown, save
 from hqlt.bench.state import bench_state
 from hqlt.bench.train import bench_train
+from hqlt.machine import has_bfloat16, machine
 
 SECONDS = 60.0
 QUICKSTART_MODEL = Path("runs") / "quickstart" / "model"

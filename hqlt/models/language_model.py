@@ -233,11 +233,19 @@ class LanguageModel(SequenceModel):
         labels = input_ids if labels is None else labels
         return self.target_loss(hidden, shifted(labels, hidden.shape[:2], attention_mask, cu_seqlens)), state
 
-    def target_loss(self, hidden: Tensor, targets: Tensor, count: Tensor | int | None = None) -> Tensor:
+    def target_loss(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        count: Tensor | int | None = None,
+        *,
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """Cross-entropy of hidden states [B, T, D] against unshifted targets [B, T], −100 ignored: mean, or Σ / count.
 
         Only positions with a target reach the head: a task that supervises one token per row pays for one. The logits
-        of many positions are made in pieces, and again for their gradient.
+        of many positions are made in pieces, and again for their gradient. With label smoothing s a target is
+        (1 − s)·one-hot + s / vocab_size.
         """
         used = targets != IGNORE
         if not bool(used.any()):
@@ -249,15 +257,18 @@ class LanguageModel(SequenceModel):
         rows = max(1, LOGITS_BYTES // (4 * self.config.vocab_size))
         pieces = list(zip(hidden.split(rows), targets.split(rows), strict=True))
         if len(pieces) == 1 or not torch.is_grad_enabled():
-            sums = [self._summed_loss(h, t) for h, t in pieces]
+            sums = [self._summed_loss(h, t, label_smoothing) for h, t in pieces]
         else:
-            sums = [cast(Any, checkpoint(self._summed_loss, h, t, use_reentrant=False)) for h, t in pieces]
+            sums = [
+                cast(Any, checkpoint(self._summed_loss, h, t, label_smoothing, use_reentrant=False)) for h, t in pieces
+            ]
         total: Tensor = sums[0] if len(sums) == 1 else torch.stack(sums).sum()
         return total / (len(targets) if count is None else count)
 
-    def _summed_loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def _summed_loss(self, hidden: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         logits = self.head(hidden)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, targets, reduction="sum", label_smoothing=smoothing)
 
     def stream(
         self, tokens: Tokens, *, chunk_size: int = 4096, start: StreamScore | None = None

@@ -1,1 +1,11 @@
-"""Tasks: text and synthetic sequences."""
+"""Tasks: where batches come from."""
+
+from hqlt.tasks.formal import FORMAL_TASKS
+from hqlt.tasks.recall import mqar_task, state_based_recall_task
+from hqlt.tasks.synthetic import SyntheticTask
+
+TASKS: dict[str, SyntheticTask] = {
+    **FORMAL_TASKS,
+    "mqar": mqar_task(64, vocab_size=256),
+    "state_based_recall": state_based_recall_task(keys=32, values=32),
+}

@@ -13,8 +13,6 @@ the answer to the whole word only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
 
@@ -23,27 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hqlt.models.language_model import IGNORE
+from hqlt.tasks.synthetic import Batch, SyntheticTask
 
 PAD = 0
-Batch = tuple[Tensor, Tensor]
-Sampler = Callable[[int, int, int, torch.Generator], Batch]
-
-
-@dataclass(frozen=True)
-class FormalTask:
-    """A task, and what a guess is worth.
-
-    Attributes:
-        sample: the generator.
-        vocab_size: token ids, pad included.
-        answers: equally likely answers, so that chance is 1 / answers.
-        shortest: the least n.
-    """
-
-    sample: Sampler
-    vocab_size: int
-    answers: int
-    shortest: int
 
 
 def _draw(count: int, shape: int, values: int, generator: torch.Generator) -> Tensor:
@@ -220,20 +200,20 @@ def permutation_word(
     return _asked(word + 1, length, answer + 1)
 
 
-def _permutations(points: int, even: bool = False) -> FormalTask:
+def _permutations(points: int, even: bool = False) -> SyntheticTask:
     def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
         return permutation_word(count, shortest, longest, generator, points=points, even=even)
 
     order = _group(points, even)[1]
-    return FormalTask(sample, order + 1, order, 2)
+    return SyntheticTask(sample, order + 1, order, 2)
 
 
 FORMAL_TASKS = {
-    "parity": FormalTask(parity, 3, 2, 2),
-    "even_pairs": FormalTask(even_pairs, 3, 2, 2),
-    "cycle_navigation": FormalTask(cycle_navigation, 9, 5, 2),
-    "modular_arithmetic": FormalTask(modular_arithmetic, 10, 5, 3),
-    "modular_arithmetic_with_brackets": FormalTask(modular_arithmetic_with_brackets, 12, 5, 5),
+    "parity": SyntheticTask(parity, 3, 2, 2),
+    "even_pairs": SyntheticTask(even_pairs, 3, 2, 2),
+    "cycle_navigation": SyntheticTask(cycle_navigation, 9, 5, 2),
+    "modular_arithmetic": SyntheticTask(modular_arithmetic, 10, 5, 3, stride=2),
+    "modular_arithmetic_with_brackets": SyntheticTask(modular_arithmetic_with_brackets, 12, 5, 5),
     "s3": _permutations(3),
     "s4": _permutations(4),
     "s5": _permutations(5),

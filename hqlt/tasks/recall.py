@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from hqlt.models.language_model import IGNORE
-
-Batch = tuple[Tensor, Tensor]
+from hqlt.tasks.synthetic import Batch, SyntheticTask
 
 
 def associative_recall(
@@ -119,6 +117,23 @@ def state_based_recall(
     return input_ids, targets
 
 
-def state_based_recall_vocabulary(keys: int = 16, values: int = 16, states: int = 2) -> int:
-    """Token ids of :func:`state_based_recall`."""
-    return 1 + states + keys + values
+def mqar_task(pairs: int, *, vocab_size: int = 512) -> SyntheticTask:
+    """Multi-query associative recall of up to ``pairs`` pairs in sequences of 4·pairs tokens; its size is the pairs.
+
+    The number of pairs is drawn once for a whole batch; what lies between the questions is 0.
+    """
+
+    def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
+        drawn = int(torch.randint(shortest, longest + 1, (), generator=generator))
+        return associative_recall(count, drawn, 4 * pairs, generator, vocab_size=vocab_size, fill=False)
+
+    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs")
+
+
+def state_based_recall_task(*, keys: int = 16, values: int = 16, states: int = 2) -> SyntheticTask:
+    """:func:`state_based_recall` with these alphabets; its size is the moves."""
+
+    def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
+        return state_based_recall(count, shortest, longest, generator, keys=keys, values=values, states=states)
+
+    return SyntheticTask(sample, 1 + states + keys + values, values, 1, size="moves")

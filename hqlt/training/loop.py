@@ -62,7 +62,10 @@ class TrainingConfig:
         steps: optimiser updates.
         learning_rate: peak; linear warm-up over ``warmup_steps``, then a cosine to ``final_learning_rate`` · peak.
         weight_decay, betas: of AdamW.
-        clip: bound of the global gradient norm.
+        schedule_steps: that the cosine takes, by default up to the last step.
+        clip: bound of the global gradient norm; None: none.
+        label_smoothing: s of the target (1 − s)·one-hot + s / V. The loss is then the divergence from that target,
+            without the entropy of the target itself, so that 0 is perfect.
         evaluate_every: steps between evaluations; one more follows the last step.
         curriculum: difficulty of the batches, for tasks that have one.
         seed: of the initial weights and of the batches.
@@ -74,7 +77,9 @@ class TrainingConfig:
     final_learning_rate: float = 0.1
     weight_decay: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
+    schedule_steps: int | None = None
+    clip: float | None = 1.0
+    label_smoothing: float = 0.0
     evaluate_every: int = 100
     seed: int = 0
     curriculum: Curriculum | None = None
@@ -110,7 +115,7 @@ def train(
     same batches, so that it ends as if never interrupted. A killed call loses at most 20 seconds.
 
     Args:
-        model: freshly built; its weights are replaced if there is a checkpoint.
+        model: freshly built, on the device to train on; its weights are replaced if there is a checkpoint.
         task: batches and evaluation.
         config: hyper-parameters.
         directory: of this run.
@@ -187,9 +192,10 @@ def _advance(
     step = progress["step"]
     curriculum = config.curriculum
     level = () if curriculum is None else (progress["level"],)
-    input_ids, targets = task.batch(config.seed, step, *level)
-    rate = warmup_cosine(step, config.steps, config.warmup_steps, config.final_learning_rate)
-    loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config.clip)
+    device = model.embedding.weight.device
+    input_ids, targets = (x.to(device) for x in task.batch(config.seed, step, *level))
+    rate = warmup_cosine(step, config.schedule_steps or config.steps, config.warmup_steps, config.final_learning_rate)
+    loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config)
     if curriculum is not None:
         smooth = loss if math.isinf(progress["smooth"]) else progress["smooth"]
         progress["level"], progress["smooth"] = curriculum.next(progress["level"], smooth, loss)
@@ -205,21 +211,29 @@ def _update(
     input_ids: Tensor,
     targets: Tensor,
     learning_rate: float,
-    clip: float,
+    config: TrainingConfig,
 ) -> float:
     """Move the weights once; the loss before."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad()
     hidden, _ = model.hidden_states(input_ids)
-    loss = model.target_loss(hidden, targets)
-    value = loss.item()
+    loss = model.target_loss(hidden, targets, label_smoothing=config.label_smoothing)
+    value = loss.item() - _entropy(config.label_smoothing, model.config.vocab_size)
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value}; lower the learning rate")
     loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if config.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     optimizer.step()
     return value
+
+
+def _entropy(smoothing: float, classes: int) -> float:
+    """Nats of a smoothed target, the least cross-entropy that it allows."""
+    rest = smoothing / classes
+    probabilities = [1 - smoothing + rest] + [rest] * (classes - 1)
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
 
 
 def _row(progress: Metrics, loss: float, measured: Metrics) -> Metrics:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hqlt.machine import available_cores
 from hqlt.training.loop import STOP_SIGNALS, Interrupted, stop_requests
 
 INTERRUPTED = 130
@@ -33,13 +34,6 @@ class Job:
     name: str
     function: Callable[..., None]
     arguments: tuple[Any, ...]
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_parallel(jobs: list[Job], workers: int | None = None) -> None:

@@ -99,6 +99,12 @@ def read_run(run: Run, directory: Path) -> Rows | None:
     return rows
 
 
+def finished_rows(directory: Path) -> Rows:
+    """The rows of every run in a folder that is done, whichever sweep it belongs to."""
+    files = sorted(directory.glob(f"*/{RESULTS}"))
+    return [row for path in files for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+
+
 def _work(run: Run, runs: list[Run], directory: Path, show: Callable[[Rows], str] | None, position: int = 0) -> None:
     """Do one run: the job of a worker process."""
     folder = directory / run.name

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_a_gradient_that_is_not_a_number_fails_the_command(tiny, tmp_path, monke
 
 def test_a_training_step_that_is_wrong_fails_the_command(tiny, tmp_path, monkeypatch):
     text = recipes.quickstart_text()
-    small = functools.partial(recipes.replace, text, models={"HQLT": text.models["HQLT"]}, length=70)
+    small = functools.partial(dataclasses.replace, text, models={"HQLT": text.models["HQLT"]}, length=70)
     monkeypatch.setattr(train, "quickstart_text", small)
     right = update_rules.delta_rule
 
@@ -123,7 +124,7 @@ def test_plain_core_is_the_core():
 
 def test_train(tiny, tmp_path, monkeypatch):
     text = recipes.quickstart_text()
-    small = functools.partial(recipes.replace, text, models={"HQLT": text.models["HQLT"]}, length=32)
+    small = functools.partial(dataclasses.replace, text, models={"HQLT": text.models["HQLT"]}, length=32)
     monkeypatch.setattr(train, "quickstart_text", small)
     single, low = run("train", tmp_path)
     assert (single["name"], low["name"]) == ("float32", "bfloat16 autocast")

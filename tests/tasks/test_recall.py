@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hqlt.tasks.recall import associative_recall, state_based_recall, state_based_recall_vocabulary
+from hqlt.tasks.recall import associative_recall, state_based_recall, state_based_recall_task
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -44,7 +44,7 @@ def test_the_answer_is_what_the_key_means_where_the_pointer_stands(shortest, lon
     sizes = {"keys": keys, "values": values, "states": states}
     input_ids, targets = state_based_recall(300, shortest, longest, seeded(), **sizes)
     assert input_ids.shape == targets.shape == (300, longest + keys * (states + 1) + 1)
-    assert int(input_ids.max()) < state_based_recall_vocabulary(**sizes)
+    assert int(input_ids.max()) < state_based_recall_task(**sizes).vocab_size
     moved = set()
     for tokens, row in zip(input_ids.tolist(), targets.tolist(), strict=True):
         assert set(row[:-1]) == {-100}

@@ -251,8 +251,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, m
     steps: list[int] = []
     loss = LanguageModel.target_loss
 
-    def broken(model, hidden, targets):
-        return loss(model, hidden, targets) * (value if len(steps) == 4 else 1.0)
+    def broken(model, hidden, targets, **options):
+        return loss(model, hidden, targets, **options) * (value if len(steps) == 4 else 1.0)
 
     with monkeypatch.context() as patch:
         patch.setattr(LanguageModel, "target_loss", broken)
@@ -306,3 +306,36 @@ def test_the_level_rises_with_success(tmp_path):
     again = train(tiny_model(), task, plan, tmp_path / "parts", "")
     assert levels == whole
     assert untimed(again) == untimed(rows)
+
+
+def test_the_loss_of_smoothed_labels_is_what_is_above_their_entropy(tmp_path):
+    """And the gradient is that of the smoothed cross-entropy."""
+    model, classes, smoothing = tiny_model(), 7, 0.2
+    input_ids, targets = batch(3, 0)
+    hidden, _ = model.hidden_states(input_ids)
+    logits = model.head(hidden).double().log_softmax(-1)
+    wanted = torch.full_like(logits, smoothing / classes)
+    wanted.scatter_(-1, targets[..., None], 1 - smoothing + smoothing / classes)
+    cross_entropy = -(wanted * logits).sum(-1).mean()
+    assert model.target_loss(hidden, targets, label_smoothing=smoothing).item() == pytest.approx(cross_entropy.item())
+    divergence = (wanted * (wanted.log() - logits)).sum(-1).mean()
+    config = dataclasses.replace(CONFIG, steps=1, evaluate_every=1, label_smoothing=smoothing)
+    rows = train(model, tiny_task(), config, tmp_path, "test")
+    assert rows[0]["loss"] == pytest.approx(divergence.item())
+    assert loop._entropy(0.0, 5) == 0
+    assert loop._entropy(1.0, 5) == pytest.approx(math.log(5))
+
+
+def test_no_bound_of_the_gradient_and_a_longer_schedule(tmp_path, monkeypatch):
+    rates = []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("clipped"))
+    update = torch.optim.AdamW.step
+
+    def noted(self, *arguments, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return update(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    config = dataclasses.replace(CONFIG, clip=None, schedule_steps=100)
+    train(tiny_model(), tiny_task(), config, tmp_path, "test")
+    assert rates == [CONFIG.learning_rate * loop.warmup_cosine(n, 100, CONFIG.warmup_steps, 0.1) for n in range(9)]

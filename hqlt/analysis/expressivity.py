@@ -1,0 +1,139 @@
+"""Tables and figures of the expressivity experiment, from the rows that its runs wrote."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import TYPE_CHECKING
+
+from hqlt.analysis.report import Curve, plot_panels
+from hqlt.expressivity import METRIC
+from hqlt.recipes.expressivity import MODELS, PRESETS
+from hqlt.results import Row, Summary, markdown_table
+from hqlt.tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNSELECTED = f"unselected_{METRIC}"
+"""The metric of runs with another learning rate than the best one of their model and task."""
+PUBLISHED = {
+    "parity": {
+        "transformer": ("0.3 ± 1.3", "2.2"),
+        "deltanet": ("99.9 ± 0.6", "100.0"),
+        "delayed_streaming": ("3.0 ± 0.3", "3.3"),
+        "delayed_chunk": ("2.3 ± 0.1", "2.8"),
+        "synchronous": ("99.7 ± 0.1", "100.0"),
+        "synchronous_linear_published": ("2.1 ± 0.3", "2.5"),
+    },
+    "modular_arithmetic": {
+        "transformer": ("1.8 ± 0.9", "3.1"),
+        "deltanet": ("82.6 ± 14.6", "97.1"),
+        "delayed_streaming": ("22.2 ± 5.6", "27.8"),
+        "delayed_chunk": ("1.4 ± 0.1", "1.4"),
+        "synchronous": ("93.2 ± 3.2", "97.0"),
+        "synchronous_linear_published": ("32.9 ± 11.6", "44.5"),
+    },
+}
+"""Median ± median absolute deviation (table 6) and best seed (table 3) of the paper."""
+
+
+def merge(old: list[Row], new: list[Row]) -> list[Row]:
+    """Rows with those of the same run replaced, and the learning rate of every model and task selected anew.
+
+    The best learning rate has the largest median of the validation accuracy over its seeds, with most seeds first; its
+    rows have the metric :data:`METRIC`, the others :data:`UNSELECTED`.
+    """
+    runs = {_key(row): {**row, "metric": METRIC} for row in [*old, *new]}
+    cells: dict[tuple[str, str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in runs.values():
+        cells[row["config"]["preset"], row["task"], row["model"]][row["config"]["learning_rate"]].append(row)
+    for rates in cells.values():
+        best = max(rates, key=lambda rate: (len(rates[rate]), median(row["validation"] for row in rates[rate])))
+        for rate, rows in rates.items():
+            for row in rows:
+                row["metric"] = METRIC if rate == best else UNSELECTED
+    return sorted(runs.values(), key=_order)
+
+
+def _key(row: Row) -> tuple[str, str, str, float, int]:
+    return (row["config"]["preset"], row["task"], row["model"], row["config"]["learning_rate"], row["seed"])
+
+
+def _order(row: Row) -> tuple[object, ...]:
+    preset, task, model, rate, seed = _key(row)
+    return (preset, list(PRESETS[preset]).index(task), list(MODELS).index(model), row["metric"], rate, seed)
+
+
+def selected(rows: list[Row], preset: str, task: str) -> dict[str, list[Row]]:
+    """Rows of the selected learning rates, by model."""
+    found = [row for row in rows if row["metric"] == METRIC and row["task"] == task]
+    found = [row for row in found if row["config"]["preset"] == preset]
+    return {model: of for model in MODELS if (of := [row for row in found if row["model"] == model])}
+
+
+def summary_table(rows: list[Row], preset: str, task: str) -> str:
+    """Median ± median absolute deviation of every model on a task, as Markdown."""
+    published = PUBLISHED.get(task, {})
+    lines = []
+    for model, found in selected(rows, preset, task).items():
+        summary = Summary.of([row["value"] for row in found])
+        config = found[0]["config"]
+        line = {"model": model}
+        if published:
+            line["paper: median"], line["paper: best"] = published.get(model, ("–", "–"))
+        line |= {
+            "median": f"{summary.median:.1f} ± {summary.spread:.1f}",
+            "best": f"{summary.best:.1f}",
+            "seeds": str(summary.seeds),
+            "learning rate": f"{config['learning_rate']:g}",
+            "parameters": f"{config['parameters']:,}",
+            "state KiB": f"{config['state_kib']:,.1f}",
+            "seconds": f"{median(row['seconds'] for row in found):.0f}",
+        }
+        lines.append(line)
+    return markdown_table(lines)
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """A table of every preset and task that has rows, by name."""
+    names = {(preset, task): f"{preset} {task}" for preset, tasks in PRESETS.items() for task in tasks}
+    return {name: summary_table(rows, *key) for key, name in names.items() if selected(rows, *key)}
+
+
+def live_table(rows: list[Row]) -> str:
+    """Median of the runs so far, models × tasks, for a terminal."""
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        values[row["model"]][f"{row['task']} {row['config']['learning_rate']:g}"].append(row["value"])
+    columns = sorted({column for cells in values.values() for column in cells})
+    lines = []
+    for model in [model for model in MODELS if model in values]:
+        cells = {name: Summary.of(found) for name, found in values[model].items()}
+        shown = {name: f"{cell.median:.1f} ± {cell.spread:.1f} ({cell.seeds})" for name, cell in cells.items()}
+        lines.append({"model": model, **{name: shown.get(name, "") for name in columns}})
+    return markdown_table(lines)
+
+
+def figures(rows: list[Row]) -> dict[str, Figure]:
+    """Accuracy by size and learning curves of every preset and task that has rows, a panel for every model."""
+    made = {}
+    for preset, settings in PRESETS.items():
+        for task, setting in settings.items():
+            found = selected(rows, preset, task)
+            if not found:
+                continue
+            by_size = {model: [_by_size(row) for row in of] for model, of in found.items()}
+            curves = {model: [[(x, y) for x, y in row["curve"]] for row in of] for model, of in found.items()}
+            size = TASKS[setting.task].size
+            made[f"{preset}_{task}_by_size"] = plot_panels(
+                by_size, size, "normalised accuracy (%)", marker=setting.trained[1], marker_label="longest in training"
+            )
+            made[f"{preset}_{task}_learning"] = plot_panels(curves, "training step", "validation accuracy (%)")
+    return made
+
+
+def _by_size(row: Row) -> Curve:
+    """Middle of each band and its accuracy."""
+    bands = [[int(size) for size in name.split("-")] for name in row["by_size"]]
+    return [((band[0] + band[-1]) / 2, value) for band, value in zip(bands, row["by_size"].values(), strict=True)]

@@ -1,0 +1,109 @@
+"""Runs of the expressivity experiment: models × tasks × learning rates × seeds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from hqlt.models.language_model import LanguageModel
+from hqlt.recipes.expressivity import expressivity, parameters
+from hqlt.results import Row
+from hqlt.tasks import TASKS
+from hqlt.tasks.synthetic import SyntheticTask, accuracy_by_size, random_numbers
+from hqlt.training.loop import train
+from hqlt.training.sweep import Run
+from hqlt.training.synthetic import band_name, overall, synthetic_task
+
+METRIC = "normalised_accuracy_test"
+
+
+def expressivity_runs(
+    preset: str,
+    tasks: list[str],
+    models: list[str],
+    learning_rates: list[float] | None,
+    seeds: list[int],
+    *,
+    origin: Row,
+    device: str = "cpu",
+) -> list[Run]:
+    """The runs of a grid, those of one seed after those of another.
+
+    Args:
+        preset, tasks, models: names, as in :func:`hqlt.recipes.expressivity`.
+        learning_rates: None: those of each setting.
+        seeds: of weights and batches.
+        origin: ``command``, ``machine`` and ``commit`` of the rows.
+        device: to train on.
+
+    Raises:
+        ValueError: a name that is none.
+    """
+    runs = []
+    for seed in seeds:
+        for task in tasks:
+            for model in models:
+                setting, _ = expressivity(preset, task, model)
+                for rate in learning_rates or setting.learning_rates:
+                    setting, recipe = expressivity(preset, task, model, rate, seed)
+                    name = f"{preset}-{task}-{model}-{rate:g}-{seed}".replace("/", "_")
+                    function = partial(_run, preset, task, model, rate, seed, origin, device)
+                    runs.append(Run(name, function, {"setting": asdict(setting), "recipe": asdict(recipe)}))
+    return runs
+
+
+def _run(
+    preset: str,
+    name: str,
+    model: str,
+    learning_rate: float,
+    seed: int,
+    origin: Row,
+    device: str,
+    folder: Path,
+    position: int,
+) -> list[Row]:
+    """Train one model, or finish that, and test it."""
+    setting, recipe = expressivity(preset, name, model, learning_rate, seed)
+    task = TASKS[setting.task]
+    network = recipe.build().to(device)
+    label = f"{name} {model} {learning_rate:g} seed {seed}"
+    rows = train(network, synthetic_task(recipe), recipe.training, folder, label, position)
+    network.eval()
+    found = accuracy_by_size(network, task, list(recipe.bands), setting.test_samples, split="test")
+    values = [task.normalised(band.accuracy) for band in found]
+    return [
+        {
+            "model": model,
+            "task": name,
+            "metric": METRIC,
+            "seed": seed,
+            "value": overall(task, found, setting.tested[0]),
+            "validation": rows[-1]["normalised_accuracy"],
+            "by_size": {band_name(band): round(v, 2) for band, v in zip(found, values, strict=True)},
+            "curve": [[row["step"], round(row["normalised_accuracy"], 2)] for row in rows],
+            "config": {
+                "preset": preset,
+                "learning_rate": learning_rate,
+                "steps": recipe.training.steps,
+                "batch_size": recipe.batch_size,
+                "parameters": parameters(recipe.model),
+                "state_kib": _state_size(network, task, setting.tested[1]) / 1024,
+                "test_samples": setting.test_samples * sum(b.first >= setting.tested[0] for b in found),
+            },
+            "seconds": rows[-1]["seconds"],
+            "tokens": rows[-1]["tokens"],
+            **origin,
+        }
+    ]
+
+
+def _state_size(model: LanguageModel, task: SyntheticTask, size: int) -> float:
+    """Bytes that the model carries from token to token at the end of a sample of this size."""
+    input_ids, _ = task.sample(1, size, size, random_numbers("test", 0))
+    with torch.no_grad():
+        _, state = model.hidden_states(input_ids.to(model.embedding.weight.device))
+    return state.num_bytes

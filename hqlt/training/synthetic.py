@@ -1,0 +1,94 @@
+"""Training on a synthetic task, with accuracy by size on samples that training never sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hqlt.config import ModelConfig
+from hqlt.layers.update_rules import DeltaRule
+from hqlt.models.language_model import LanguageModel
+from hqlt.tasks import TASKS
+from hqlt.tasks.synthetic import BandAccuracy, SyntheticTask, accuracy_by_size, random_numbers
+from hqlt.training.loop import Metrics, Task, TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticRecipe:
+    """A model, a task, and how the one learns the other.
+
+    Attributes:
+        task: name in :data:`hqlt.tasks.TASKS`.
+        model: its vocabulary is the task's.
+        beta_deviation: standard deviation of the initial projections of β. With a large one heads begin with write
+            strengths near 0 for some tokens and near 2 for others, which is what tracking a state takes; None: that of
+            the other weights.
+        training: a curriculum goes over the largest size of a batch.
+        batch_size: samples of a training step.
+        trained: smallest and largest size in training.
+        bands: (first, last) size of each part of the validation and test samples.
+        tested_from: the smallest size that counts in the normalised accuracy over all bands; None: it is not measured.
+        validation_samples: in each band, at every evaluation while training.
+    """
+
+    task: str
+    model: ModelConfig
+    training: TrainingConfig
+    batch_size: int
+    trained: tuple[int, int]
+    bands: tuple[tuple[int, int], ...]
+    validation_samples: int
+    tested_from: int | None = None
+    beta_deviation: float | None = None
+
+    def build(self) -> LanguageModel:
+        """The model with the initial weights of the training's seed."""
+        torch.manual_seed(self.training.seed)
+        model = LanguageModel(self.model)
+        if self.beta_deviation is not None:
+            for module in model.modules():
+                if isinstance(module, DeltaRule):
+                    nn.init.normal_(module.beta_proj.weight, std=self.beta_deviation)
+        return model
+
+
+def synthetic_task(recipe: SyntheticRecipe) -> Task:
+    """Batches of a recipe's task; measures accuracy in percent in each band of validation samples."""
+    task = TASKS[recipe.task]
+    shortest, longest = recipe.trained
+
+    def batch(seed: int, step: int, level: int = longest) -> tuple[Tensor, Tensor]:
+        return task.sample(recipe.batch_size, shortest, min(level, longest), random_numbers("train", seed, step))
+
+    def evaluate(model: LanguageModel) -> Metrics:
+        found = accuracy_by_size(model, task, list(recipe.bands), recipe.validation_samples, split="validation")
+        metrics: Metrics = {"accuracy": {band_name(band): 100 * band.accuracy for band in found}}
+        if recipe.tested_from is not None:
+            metrics["normalised_accuracy"] = overall(task, found, recipe.tested_from)
+        return metrics
+
+    fingerprint = {
+        "task": recipe.task,
+        "batch_size": recipe.batch_size,
+        "trained": list(recipe.trained),
+        "bands": [list(band) for band in recipe.bands],
+        "tested_from": recipe.tested_from,
+        "beta_deviation": recipe.beta_deviation,
+        "validation_samples": recipe.validation_samples,
+    }
+    return Task(batch, evaluate, fingerprint)
+
+
+def band_name(band: BandAccuracy) -> str:
+    """The sizes of a band in words: ``40``, or ``40-70``."""
+    return str(band.first) if band.first == band.last else f"{band.first}-{band.last}"
+
+
+def overall(task: SyntheticTask, bands: list[BandAccuracy], shortest: int) -> float:
+    """Normalised accuracy over the bands from size ``shortest`` on, every size counting the same."""
+    tested = [band for band in bands if band.first >= shortest]
+    sizes = [(band.last - band.first) // task.stride + 1 for band in tested]
+    accuracy = sum(n * band.accuracy for n, band in zip(sizes, tested, strict=True)) / sum(sizes)
+    return task.normalised(accuracy)
