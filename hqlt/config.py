@@ -227,6 +227,11 @@ class ModelConfig:
         intermediate_size: MLP width, instead of ``hidden_ratio``.
         norm_eps: of the block norms and the final norm.
         initializer_range: standard deviation of linear, convolution and embedding weights.
+        conv_initializer_range: of short convolutions instead, whose fan-in is ``conv_size``: 0.3 is about
+            1/√(3·conv_size), torch's own choice for a size of 4. The published models draw them like the rest, so that
+            query, key and value begin near 0.
+        beta_initializer_range: of the projections of β instead. With a large one heads begin with write strengths near
+            0 for some tokens and near their maximum for others, as tracking a state takes.
         rescale_residual: draw output and down projections from U(±1/√fan_in)/√(2N), as the published HQLT and
             DeltaNet do and the published Transformer++ does not.
         tie_embeddings: share the embedding with the head.
@@ -243,6 +248,8 @@ class ModelConfig:
     intermediate_size: int | None = None
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    conv_initializer_range: float | None = None
+    beta_initializer_range: float | None = None
     rescale_residual: bool = True
     tie_embeddings: bool = False
     dropout: float = 0.0
@@ -262,7 +269,7 @@ class ModelConfig:
         _flag("rescale_residual", self.rescale_residual)
         _flag("tie_embeddings", self.tie_embeddings)
         self._check_memory()
-
+        self._check_ranges()
         if self.intermediate_size is not None and self.hidden_ratio != 4.0:
             raise ValueError(
                 f"hidden_ratio={self.hidden_ratio} has no effect with intermediate_size={self.intermediate_size}; "
@@ -286,6 +293,19 @@ class ModelConfig:
             raise ValueError(f"all layers of a model share one hidden_size, but the memories have {widths}")
         if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"sinusoidal positions need an even hidden_size, not {self.hidden_size}")
+
+    def _check_ranges(self) -> None:
+        used = {
+            "conv_initializer_range": any(memory.short_convolution for memory in self.memories),
+            "beta_initializer_range": any(memory.update_rule in ("delta", "gated_delta") for memory in self.memories),
+        }
+        for name, has_weights in used.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            _number(name, value, 0.0)
+            if not has_weights:
+                raise ValueError(f"{name}={value} has no effect: no memory has such weights; leave it out")
 
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:

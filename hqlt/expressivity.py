@@ -17,8 +17,6 @@ from hqlt.training.loop import train
 from hqlt.training.sweep import Run
 from hqlt.training.synthetic import band_name, overall, synthetic_task
 
-METRIC = "normalised_accuracy_test"
-
 
 def expressivity_runs(
     preset: str,
@@ -74,17 +72,17 @@ def _run(
     rows = train(network, synthetic_task(recipe), recipe.training, folder, label, position)
     network.eval()
     found = accuracy_by_size(network, task, list(recipe.bands), setting.test_samples, split="test")
-    values = [task.normalised(band.accuracy) for band in found]
+    values = [task.score(band.accuracy) for band in found]
     return [
         {
             "model": model,
             "task": name,
-            "metric": METRIC,
+            "metric": f"{task.metric}_test",
             "seed": seed,
             "value": overall(task, found, setting.tested[0]),
-            "validation": rows[-1]["normalised_accuracy"],
+            "validation": rows[-1][task.metric],
             "by_size": {band_name(band): round(v, 2) for band, v in zip(found, values, strict=True)},
-            "curve": [[row["step"], round(row["normalised_accuracy"], 2)] for row in rows],
+            "curve": [[row["step"], round(row[task.metric], 2)] for row in rows],
             "config": {
                 "preset": preset,
                 "learning_rate": learning_rate,

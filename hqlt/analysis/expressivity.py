@@ -7,7 +7,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from hqlt.analysis.report import Curve, plot_panels
-from hqlt.expressivity import METRIC
 from hqlt.recipes.expressivity import MODELS, PRESETS
 from hqlt.results import Row, Summary, markdown_table
 from hqlt.tasks import TASKS
@@ -15,8 +14,8 @@ from hqlt.tasks import TASKS
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-UNSELECTED = f"unselected_{METRIC}"
-"""The metric of runs with another learning rate than the best one of their model and task."""
+UNSELECTED = "unselected_"
+"""Before the metric of runs with another learning rate than the best one of their model and task."""
 PUBLISHED = {
     "parity": {
         "transformer": ("0.3 ± 1.3", "2.2"),
@@ -42,9 +41,9 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
     """Rows with those of the same run replaced, and the learning rate of every model and task selected anew.
 
     The best learning rate has the largest median of the validation accuracy over its seeds, with most seeds first; its
-    rows have the metric :data:`METRIC`, the others :data:`UNSELECTED`.
+    rows keep their metric, that of the others begins with :data:`UNSELECTED`.
     """
-    runs = {_key(row): {**row, "metric": METRIC} for row in [*old, *new]}
+    runs = {_key(row): {**row, "metric": row["metric"].removeprefix(UNSELECTED)} for row in [*old, *new]}
     cells: dict[tuple[str, str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in runs.values():
         cells[row["config"]["preset"], row["task"], row["model"]][row["config"]["learning_rate"]].append(row)
@@ -52,7 +51,7 @@ def merge(old: list[Row], new: list[Row]) -> list[Row]:
         best = max(rates, key=lambda rate: (len(rates[rate]), median(row["validation"] for row in rates[rate])))
         for rate, rows in rates.items():
             for row in rows:
-                row["metric"] = METRIC if rate == best else UNSELECTED
+                row["metric"] = row["metric"] if rate == best else UNSELECTED + row["metric"]
     return sorted(runs.values(), key=_order)
 
 
@@ -67,7 +66,7 @@ def _order(row: Row) -> tuple[object, ...]:
 
 def selected(rows: list[Row], preset: str, task: str) -> dict[str, list[Row]]:
     """Rows of the selected learning rates, by model."""
-    found = [row for row in rows if row["metric"] == METRIC and row["task"] == task]
+    found = [row for row in rows if not row["metric"].startswith(UNSELECTED) and row["task"] == task]
     found = [row for row in found if row["config"]["preset"] == preset]
     return {model: of for model in MODELS if (of := [row for row in found if row["model"] == model])}
 
@@ -125,11 +124,12 @@ def figures(rows: list[Row]) -> dict[str, Figure]:
                 continue
             by_size = {model: [_by_size(row) for row in of] for model, of in found.items()}
             curves = {model: [[(x, y) for x, y in row["curve"]] for row in of] for model, of in found.items()}
+            label = f"{TASKS[setting.task].metric.replace('_', ' ')} (%)"
             size = TASKS[setting.task].size
             made[f"{preset}_{task}_by_size"] = plot_panels(
-                by_size, size, "normalised accuracy (%)", marker=setting.trained[1], marker_label="longest in training"
+                by_size, size, label, marker=setting.trained[1], marker_label="longest in training"
             )
-            made[f"{preset}_{task}_learning"] = plot_panels(curves, "training step", "validation accuracy (%)")
+            made[f"{preset}_{task}_learning"] = plot_panels(curves, "training step", f"{label}, validation")
     return made
 
 

@@ -26,6 +26,10 @@ class ResidualLinear(Linear):
     """A projection onto the residual stream, whose initial weights a model may scale down with its depth."""
 
 
+class StrengthLinear(Linear):
+    """The projection of β, the write strength; a model may draw its initial weights from a range of their own."""
+
+
 def _is_plain(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled("cpu")
 

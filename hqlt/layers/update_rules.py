@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
-from hqlt.layers.linear import Linear
+from hqlt.layers.linear import Linear, StrengthLinear
 from hqlt.layers.norm import make_dropout
 from hqlt.ops import delta_rule, gated_delta_rule, linear_attention
 from hqlt.ops.checks import state_dtype
@@ -64,7 +64,7 @@ class DeltaRule(UpdateRule):
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__(config)
-        self.beta_proj = Linear(config.hidden_size, config.num_heads, bias=False)
+        self.beta_proj = StrengthLinear(config.hidden_size, config.num_heads, bias=False)
         # With KV memory the layer drops the raw query and key, which both memories share (branch `dropout`).
         self.dropout = make_dropout(0.0 if config.kv_memory else config.dropout)
 

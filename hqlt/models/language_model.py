@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from hqlt.config import ModelConfig
 from hqlt.layers.block import Block, make_norm
 from hqlt.layers.fixed import FixedSegments
-from hqlt.layers.linear import Linear, ResidualLinear
+from hqlt.layers.linear import Linear, ResidualLinear, StrengthLinear
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.norm import make_dropout
 from hqlt.layers.segments import Segments
@@ -61,11 +61,20 @@ class SequenceModel(nn.Module):
     def init_module(self, module: nn.Module) -> None:
         """Draw a module's own weights, submodules aside."""
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Embedding)):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self._initializer_range(module))
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)  # type: ignore[arg-type]
         elif isinstance(module, (nn.RMSNorm, nn.LayerNorm, GatedDeltaRule, Mixer)):
             module.reset_parameters()
+
+    def _initializer_range(self, module: nn.Module) -> float:
+        config = self.config
+        special = None
+        if isinstance(module, nn.Conv1d):
+            special = config.conv_initializer_range
+        elif isinstance(module, StrengthLinear):
+            special = config.beta_initializer_range
+        return config.initializer_range if special is None else special
 
     def rescale_module(self, module: nn.Module) -> None:
         """Draw the weight of a projection onto the residual stream again, if so configured."""

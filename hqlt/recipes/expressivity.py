@@ -74,9 +74,9 @@ class Setting:
             MLP.
         training: with any learning rate and seed.
         learning_rates: to choose from by validation.
-        batch_size, trained, beta_deviation: as in :class:`hqlt.training.synthetic.SyntheticRecipe`.
+        batch_size, trained: as in :class:`hqlt.training.synthetic.SyntheticRecipe`.
         tested: smallest and largest size of the validation and test samples.
-        bands: parts of the tested sizes; the trained ones are measured in two more.
+        bands: parts of the tested sizes; smaller ones are measured in two more.
         validation_samples, test_samples: in each band.
     """
 
@@ -90,7 +90,6 @@ class Setting:
     bands: int = 7
     validation_samples: int = 32
     test_samples: int = 512
-    beta_deviation: float | None = None
 
 
 def expressivity(
@@ -114,11 +113,11 @@ def expressivity(
     task = TASKS[setting.task]
     pattern = memories if isinstance(memories, tuple) else (memories,)
     layers = setting.model.num_hidden_layers
-    config = replace(setting.model, memory=tuple(pattern[n % len(pattern)] for n in range(layers)))
+    config = _with_memories(setting.model, tuple(pattern[n % len(pattern)] for n in range(layers)))
     rate = setting.learning_rates[0] if learning_rate is None else learning_rate
     trained, tested = setting.trained, setting.tested
     bands = task.bands(*tested, setting.bands)
-    if tested[0] >= trained[1]:
+    if bands[0][0] > trained[0]:
         bands = task.bands(trained[0], bands[0][0] - 1, 2) + bands
     recipe = SyntheticRecipe(
         task=setting.task,
@@ -129,7 +128,6 @@ def expressivity(
         bands=tuple(bands),
         validation_samples=setting.validation_samples,
         tested_from=tested[0],
-        beta_deviation=setting.beta_deviation,
     )
     return setting, recipe
 
@@ -143,6 +141,12 @@ def _known(what: str, name: str, known: dict[str, T]) -> T:
 def _one(model: ModelConfig) -> MemoryConfig:
     assert isinstance(model.memory, MemoryConfig)
     return model.memory
+
+
+def _with_memories(model: ModelConfig, memories: tuple[MemoryConfig, ...]) -> ModelConfig:
+    """The model with other memories, which may have no β to draw."""
+    has_beta = any(memory.update_rule in ("delta", "gated_delta") for memory in memories)
+    return replace(model, memory=memories, beta_initializer_range=model.beta_initializer_range if has_beta else None)
 
 
 def parameters(config: ModelConfig) -> int:
@@ -173,13 +177,57 @@ _CPU_TRAINING = TrainingConfig(
 )
 _CPU_PARITY = Setting(
     task="parity",
-    model=ModelConfig(vocab_size=3, num_hidden_layers=2, memory=_CPU_MEMORY, intermediate_size=64),
+    model=ModelConfig(
+        vocab_size=3, num_hidden_layers=2, memory=_CPU_MEMORY, intermediate_size=64, beta_initializer_range=0.5
+    ),
     training=_CPU_TRAINING,
     learning_rates=(5e-3, 2e-3),
     batch_size=64,
     trained=(3, 40),
     tested=(40, 256),
-    beta_deviation=0.5,
+)
+_CPU_MODULAR = replace(
+    _CPU_PARITY,
+    task="modular_arithmetic",
+    model=replace(_CPU_PARITY.model, vocab_size=10, num_hidden_layers=3, intermediate_size=128),
+    training=replace(
+        _CPU_TRAINING,
+        steps=8000,
+        learning_rate=3e-3,
+        warmup_steps=50,
+        evaluate_every=500,
+        curriculum=Curriculum(start=9, stop=40, step=2, below=0.3),
+    ),
+    learning_rates=(3e-3,),
+    batch_size=128,
+)
+_CPU_RECALL = Setting(
+    task="state_based_recall",
+    model=ModelConfig(
+        vocab_size=82,
+        num_hidden_layers=2,
+        memory=replace(_CPU_MEMORY, num_heads=4, window=160, short_convolution=True),
+        intermediate_size=128,
+        conv_initializer_range=0.3,
+        beta_initializer_range=0.5,
+    ),
+    training=TrainingConfig(
+        steps=2000,
+        learning_rate=4e-3,
+        warmup_steps=50,
+        final_learning_rate=0.0,
+        betas=(0.9, 0.99),
+        evaluate_every=250,
+        # Even growth, so that all models see the same tokens.
+        curriculum=Curriculum(start=2, stop=48, step=2, between=(600, 1600)),
+    ),
+    learning_rates=(4e-3,),
+    batch_size=32,
+    trained=(1, 48),
+    tested=(25, 48),
+    bands=4,
+    validation_samples=32,
+    test_samples=256,
 )
 # A published run clips nothing, decays all parameters (here: matrices) and computes in bfloat16 (here: float32). The
 # cosine of modular arithmetic was planned for five times the steps, so that half of the run is warm-up.
@@ -214,7 +262,7 @@ _PAPER_PARITY = Setting(
     test_samples=1171,
 )
 PRESETS: dict[str, dict[str, Setting]] = {
-    "cpu": {"parity": _CPU_PARITY},
+    "cpu": {"parity": _CPU_PARITY, "modular_arithmetic": _CPU_MODULAR, "state_based_recall": _CPU_RECALL},
     "paper": {
         "parity": _PAPER_PARITY,
         "modular_arithmetic": replace(

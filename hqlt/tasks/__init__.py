@@ -6,6 +6,6 @@ from hqlt.tasks.synthetic import SyntheticTask
 
 TASKS: dict[str, SyntheticTask] = {
     **FORMAL_TASKS,
-    "mqar": mqar_task(64, vocab_size=256),
-    "state_based_recall": state_based_recall_task(keys=32, values=32),
+    "mqar": mqar_task(32, vocab_size=128),
+    "state_based_recall": state_based_recall_task(),
 }

@@ -65,55 +65,55 @@ def associative_recall(
 
 def state_based_recall(
     count: int,
-    shortest: int,
-    longest: int,
+    moves: int,
+    records: int,
     generator: torch.Generator,
     *,
-    keys: int = 16,
+    queries: int = 1,
+    keys: int = 64,
     values: int = 16,
     states: int = 2,
 ) -> Batch:
-    """Follow a pointer, then look up what a key means at the place where the pointer stands.
+    """Follow a pointer, then look up what keys mean at the place where the pointer stands.
 
-    A sequence is m moves of the pointer on a ring of ``states`` places (m uniform in ``shortest`` … ``longest``), then
-    a record for each of ``keys`` keys, in random order — the key and one value for each place of the pointer — and last
-    one of the keys. The answer is its value at the pointer's place. The moves need a memory that tracks a state,
-    however long ago it began; the records need one that holds keys · states values exactly. Who remembers the record
-    but has lost the pointer is right in 1 / states of the cases.
+    A sequence is ``moves`` moves of the pointer on a ring of ``states`` places, then ``records`` records — a key and
+    one value for each place of the pointer — of different keys in random order, and last some of these keys. The answer
+    to each is its value at the pointer's place. The moves need a memory that tracks a state, however long ago it began;
+    the records need one that holds records · states values exactly. Who remembers the records but has lost the pointer
+    is right in 1 / states of the cases.
 
-    Tokens: 0 pads (on the left), then the moves 0 … states − 1, the keys, the values.
+    Tokens: 0 … states − 1 are the moves, then come the keys and the values.
 
     Args:
         count: sequences B.
-        shortest, longest: moves.
+        moves, records: in a sequence.
         generator: source of randomness.
-        keys, values: size of the two alphabets; every key has a record.
+        queries: different keys that are asked for, a token each.
+        keys, values: size of the two alphabets.
         states: places of the pointer.
 
     Returns:
-        input_ids [B, longest + keys·(states + 1) + 1] and targets: the answer at the last position, −100 elsewhere.
+        input_ids [B, moves + records·(states + 1) + queries] and targets: the answers at the last ``queries``
+        positions, −100 elsewhere.
     """
-    if not 1 <= shortest <= longest:
-        raise ValueError(f"moves {shortest} … {longest} must increase from at least 1")
-    if keys < 1 or values < 2 or states < 2:
-        raise ValueError(f"keys={keys}, values={values}, states={states}: at least 1 key, 2 values and 2 states")
-    if values < states:
-        raise ValueError(f"values={values} are fewer than states={states}: a record has another value for every place")
-    moves = torch.randint(0, states, (count, longest), generator=generator)
-    number = torch.randint(shortest, longest + 1, (count, 1), generator=generator)
-    made = torch.arange(longest)[None, :] >= longest - number
-    pointer = (moves * made).sum(1) % states
-    order = torch.rand(count, keys, generator=generator).argsort(1)
+    if moves < 1:
+        raise ValueError(f"moves={moves} must be at least 1")
+    if not 1 <= queries <= records <= keys:
+        raise ValueError(f"queries={queries} ≤ records={records} ≤ keys={keys} must increase from at least 1")
+    if not 2 <= states <= values:
+        raise ValueError(f"states={states} must be 2 at least and values={values} at most: a record's values differ")
+    move = torch.randint(0, states, (count, moves), generator=generator)
+    pointer = move.sum(1) % states
+    key = torch.rand(count, keys, generator=generator).topk(records, 1).indices
     # Different values at different places, so that a lost pointer cannot be right by luck.
-    spread = torch.rand(count, keys, values, generator=generator).topk(states, 2).indices
-    first_key, first_value = states + 1, states + 1 + keys
-    records = torch.cat([order[:, :, None] + first_key, spread + first_value], 2).flatten(1)
-    asked = torch.randint(0, keys, (count,), generator=generator)
-    row = torch.arange(count)
-    query = order[row, asked] + first_key
-    input_ids = torch.cat([torch.where(made, moves + 1, 0), records, query[:, None]], 1)
+    value = torch.rand(count, records, values, generator=generator).topk(states, 2).indices
+    first_value = states + keys
+    told = torch.cat([key[:, :, None] + states, value + first_value], 2).flatten(1)
+    asked = torch.rand(count, records, generator=generator).topk(queries, 1).indices
+    input_ids = torch.cat([move, told, key.gather(1, asked) + states], 1)
     targets = torch.full_like(input_ids, IGNORE)
-    targets[:, -1] = spread[row, asked, pointer] + first_value
+    row = torch.arange(count)[:, None]
+    targets[:, -queries:] = value[row, asked, pointer[:, None]] + first_value
     return input_ids, targets
 
 
@@ -127,13 +127,20 @@ def mqar_task(pairs: int, *, vocab_size: int = 512) -> SyntheticTask:
         drawn = int(torch.randint(shortest, longest + 1, (), generator=generator))
         return associative_recall(count, drawn, 4 * pairs, generator, vocab_size=vocab_size, fill=False)
 
-    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs")
+    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs", normalise=False)
 
 
-def state_based_recall_task(*, keys: int = 16, values: int = 16, states: int = 2) -> SyntheticTask:
-    """:func:`state_based_recall` with these alphabets; its size is the moves."""
+def state_based_recall_task(queries: int = 16, *, keys: int = 64, values: int = 16, states: int = 2) -> SyntheticTask:
+    """:func:`state_based_recall` of as many records as moves; that is its size, drawn once for a whole batch.
+
+    ``queries`` keys are asked for, or all where there are fewer records.
+    """
 
     def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
-        return state_based_recall(count, shortest, longest, generator, keys=keys, values=values, states=states)
+        drawn = int(torch.randint(shortest, longest + 1, (), generator=generator))
+        asked = min(queries, drawn)
+        return state_based_recall(
+            count, drawn, drawn, generator, queries=asked, keys=keys, values=values, states=states
+        )
 
-    return SyntheticTask(sample, 1 + states + keys + values, values, 1, size="moves")
+    return SyntheticTask(sample, states + keys + values, values, 1, size="moves and records", normalise=False)

@@ -29,6 +29,7 @@ class SyntheticTask:
         shortest: the least size.
         stride: distance between sizes.
         size: what it counts.
+        normalise: whether accuracy is told as the way from chance to perfect.
     """
 
     sample: Sampler
@@ -37,6 +38,7 @@ class SyntheticTask:
     shortest: int
     stride: int = 1
     size: str = "length"
+    normalise: bool = True
 
     def bands(self, shortest: int, longest: int, count: int) -> list[tuple[int, int]]:
         """The sizes from ``shortest`` to ``longest`` in ``count`` parts of nearly equal number: (first, last) of each.
@@ -51,9 +53,14 @@ class SyntheticTask:
         parts = np.array_split(np.array(sizes), count)
         return [(int(part[0]), int(part[-1])) for part in parts]
 
-    def normalised(self, accuracy: float) -> float:
-        """Accuracy in 0 … 1 as percent of the way from chance to perfect: 100·(accuracy − chance) / (1 − chance)."""
-        chance = 1 / self.answers
+    @property
+    def metric(self) -> str:
+        """The name of what :meth:`score` tells."""
+        return "normalised_accuracy" if self.normalise else "accuracy"
+
+    def score(self, accuracy: float) -> float:
+        """Accuracy in 0 … 1 as percent; if normalised 100·(accuracy − chance) / (1 − chance)."""
+        chance = 1 / self.answers if self.normalise else 0.0
         return 100 * (accuracy - chance) / (1 - chance)
 
 

@@ -32,12 +32,14 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
-    """A difficulty that grows whenever the loss has become small.
+    """A difficulty that grows whenever the loss has become small, or evenly.
 
     Attributes:
         start, stop, step: first and last level, and how far one step goes.
         below: the smoothed loss has to fall below this for the next step; it then starts from twice as much.
         smoothing: weight of the past in the smoothed loss.
+        between: training steps at which even growth begins and ends, whatever the loss: all models then see the same
+            batches.
     """
 
     start: int
@@ -45,9 +47,14 @@ class Curriculum:
     step: int
     below: float = 0.05
     smoothing: float = 0.8
+    between: tuple[int, int] | None = None
 
-    def next(self, level: int, smooth: float, loss: float) -> tuple[int, float]:
-        """Level and smoothed loss after a step with this loss."""
+    def next(self, steps: int, level: int, smooth: float, loss: float) -> tuple[int, float]:
+        """Level and smoothed loss after this many training steps, the last of them with this loss."""
+        if self.between is not None:
+            begin, end = self.between
+            grown = (self.stop - self.start) * max(0, steps - begin) // (end - begin)
+            return (self.stop if steps >= end else self.start + grown // self.step * self.step), loss
         smooth = self.smoothing * smooth + (1 - self.smoothing) * loss
         if smooth >= self.below or level >= self.stop:
             return level, smooth
@@ -198,7 +205,7 @@ def _advance(
     loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config)
     if curriculum is not None:
         smooth = loss if math.isinf(progress["smooth"]) else progress["smooth"]
-        progress["level"], progress["smooth"] = curriculum.next(progress["level"], smooth, loss)
+        progress["level"], progress["smooth"] = curriculum.next(step + 1, progress["level"], smooth, loss)
     progress["step"] += 1
     progress["tokens"] += input_ids.numel()
     progress["seconds"] += time.monotonic() - started

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hqlt.config import ModelConfig
-from hqlt.layers.update_rules import DeltaRule
 from hqlt.models.language_model import LanguageModel
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import BandAccuracy, SyntheticTask, accuracy_by_size, random_numbers
@@ -22,15 +21,12 @@ class SyntheticRecipe:
     Attributes:
         task: name in :data:`hqlt.tasks.TASKS`.
         model: its vocabulary is the task's.
-        beta_deviation: standard deviation of the initial projections of β. With a large one heads begin with write
-            strengths near 0 for some tokens and near 2 for others, which is what tracking a state takes; None: that of
-            the other weights.
         training: a curriculum goes over the largest size of a batch.
         batch_size: samples of a training step.
         trained: smallest and largest size in training.
         bands: (first, last) size of each part of the validation and test samples.
-        tested_from: the smallest size that counts in the normalised accuracy over all bands; None: it is not measured.
         validation_samples: in each band, at every evaluation while training.
+        tested_from: the smallest size that counts in the score over all bands; None: it is not measured.
     """
 
     task: str
@@ -41,17 +37,11 @@ class SyntheticRecipe:
     bands: tuple[tuple[int, int], ...]
     validation_samples: int
     tested_from: int | None = None
-    beta_deviation: float | None = None
 
     def build(self) -> LanguageModel:
         """The model with the initial weights of the training's seed."""
         torch.manual_seed(self.training.seed)
-        model = LanguageModel(self.model)
-        if self.beta_deviation is not None:
-            for module in model.modules():
-                if isinstance(module, DeltaRule):
-                    nn.init.normal_(module.beta_proj.weight, std=self.beta_deviation)
-        return model
+        return LanguageModel(self.model)
 
 
 def synthetic_task(recipe: SyntheticRecipe) -> Task:
@@ -66,7 +56,7 @@ def synthetic_task(recipe: SyntheticRecipe) -> Task:
         found = accuracy_by_size(model, task, list(recipe.bands), recipe.validation_samples, split="validation")
         metrics: Metrics = {"accuracy": {band_name(band): 100 * band.accuracy for band in found}}
         if recipe.tested_from is not None:
-            metrics["normalised_accuracy"] = overall(task, found, recipe.tested_from)
+            metrics[task.metric] = overall(task, found, recipe.tested_from)
         return metrics
 
     fingerprint = {
@@ -75,7 +65,6 @@ def synthetic_task(recipe: SyntheticRecipe) -> Task:
         "trained": list(recipe.trained),
         "bands": [list(band) for band in recipe.bands],
         "tested_from": recipe.tested_from,
-        "beta_deviation": recipe.beta_deviation,
         "validation_samples": recipe.validation_samples,
     }
     return Task(batch, evaluate, fingerprint)
@@ -87,8 +76,8 @@ def band_name(band: BandAccuracy) -> str:
 
 
 def overall(task: SyntheticTask, bands: list[BandAccuracy], shortest: int) -> float:
-    """Normalised accuracy over the bands from size ``shortest`` on, every size counting the same."""
+    """The score over the bands from size ``shortest`` on, every size counting the same."""
     tested = [band for band in bands if band.first >= shortest]
     sizes = [(band.last - band.first) // task.stride + 1 for band in tested]
     accuracy = sum(n * band.accuracy for n, band in zip(sizes, tested, strict=True)) / sum(sizes)
-    return task.normalised(accuracy)
+    return task.score(accuracy)

@@ -115,6 +115,23 @@ def test_mlp_widths():
 RESIDUAL = ("output_proj.weight", "down_proj.weight")
 
 
+def test_convolutions_and_write_strengths_can_have_ranges_of_their_own():
+    memory = MemoryConfig(hidden_size=256, num_heads=8, short_convolution=True)
+    options = {"conv_initializer_range": 0.3, "beta_initializer_range": 0.5}
+    for given in ({}, options):
+        model = LanguageModel(ModelConfig(vocab_size=7, num_hidden_layers=1, memory=memory, **given))
+        inner = model.blocks[0].memory
+        taps, strength = (p.std().item() for p in (inner.convolution.weight, inner.update_rule.beta_proj.weight))
+        assert taps == pytest.approx(given.get("conv_initializer_range", 0.02), rel=0.1)
+        assert strength == pytest.approx(given.get("beta_initializer_range", 0.02), rel=0.1)
+        assert inner.query_proj.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    for name, memory in (("conv", MemoryConfig()), ("beta", MemoryConfig(update_rule="linear"))):
+        with pytest.raises(ValueError, match=f"{name}_initializer_range=0.1 has no effect: no memory has such weights"):
+            ModelConfig(memory=memory, **{f"{name}_initializer_range": 0.1})
+    with pytest.raises(ValueError, match="conv_initializer_range=-1"):
+        ModelConfig(memory=MemoryConfig(short_convolution=True), conv_initializer_range=-1.0)
+
+
 @pytest.mark.parametrize("rescale", [True, False])
 def test_initialisation(rescale):
     config = ModelConfig(

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from hqlt.tasks.recall import associative_recall, state_based_recall, state_based_recall_task
+from hqlt.tasks.recall import associative_recall, mqar_task, state_based_recall, state_based_recall_task
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -38,40 +38,58 @@ def test_near_questions_are_likelier():
 
 
 @pytest.mark.parametrize(
-    ("shortest", "longest", "keys", "values", "states"), [(1, 1, 1, 2, 2), (3, 9, 4, 6, 3), (40, 40, 16, 16, 2)]
+    ("moves", "records", "keys", "values", "states", "queries"),
+    [(1, 1, 1, 2, 2, 1), (9, 4, 5, 6, 3, 4), (40, 16, 64, 16, 2, 5), (3, 64, 64, 4, 4, 1)],
 )
-def test_the_answer_is_what_the_key_means_where_the_pointer_stands(shortest, longest, keys, values, states):
-    sizes = {"keys": keys, "values": values, "states": states}
-    input_ids, targets = state_based_recall(300, shortest, longest, seeded(), **sizes)
-    assert input_ids.shape == targets.shape == (300, longest + keys * (states + 1) + 1)
-    assert int(input_ids.max()) < state_based_recall_task(**sizes).vocab_size
-    moved = set()
+def test_the_answer_is_what_the_key_means_where_the_pointer_stands(moves, records, keys, values, states, queries):
+    sizes = {"keys": keys, "values": values, "states": states, "queries": queries}
+    input_ids, targets = state_based_recall(300, moves, records, seeded(), **sizes)
+    assert input_ids.shape == targets.shape == (300, moves + records * (states + 1) + queries)
+    assert 0 <= int(input_ids.min()) <= int(input_ids.max()) < state_based_recall_task(**sizes).vocab_size
     for tokens, row in zip(input_ids.tolist(), targets.tolist(), strict=True):
-        assert set(row[:-1]) == {-100}
-        moves = [token - 1 for token in tokens[:longest] if token]
-        assert tokens[: longest - len(moves)] == [0] * (longest - len(moves))
-        moved.add(len(moves))
+        assert set(row[:-queries]) == {-100}
         pointer = 0
-        for move in moves:
+        for move in tokens[:moves]:
+            assert 0 <= move < states
             pointer = (pointer + move) % states
-        rest, meaning = tokens[longest:-1], {}
+        rest, meaning = tokens[moves:-queries], {}
         for n in range(0, len(rest), states + 1):
             key, *meant = rest[n : n + states + 1]
-            assert states + 1 <= key < states + 1 + keys
+            assert states <= key < states + keys
+            assert min(meant) >= states + keys
             assert len(set(meant)) == states
             meaning[key] = meant
-        assert len(meaning) == keys
-        assert row[-1] == meaning[tokens[-1]][pointer]
-    assert moved == set(range(shortest, longest + 1))
+        assert len(meaning) == records
+        assert row[-queries:] == [meaning[key][pointer] for key in tokens[-queries:]]
+        assert len(set(tokens[-queries:])) == queries
 
 
 def test_a_lost_pointer_is_right_by_chance_only():
-    input_ids, targets = state_based_recall(20_000, 20, 20, seeded(), keys=2, values=8)
-    first = input_ids[:, 20:].tolist()
-    guessed = [rest[rest.index(rest[-1]) + 1] for rest in first]
+    input_ids, targets = state_based_recall(20_000, 20, 2, seeded(), keys=2, values=8)
+    told = input_ids[:, 20:].tolist()
+    guessed = [rest[rest.index(rest[-1]) + 1] for rest in told]
     right = float((torch.tensor(guessed) == targets[:, -1]).float().mean())
     assert abs(right - 0.5) < 0.02
     assert len(Counter(targets[:, -1].tolist())) == 8
+
+
+def test_the_size_of_state_based_recall_is_its_moves_and_records():
+    task = state_based_recall_task(4, keys=8)
+    for size in (1, 3, 8):
+        input_ids, targets = task.sample(16, size, size, seeded())
+        assert input_ids.shape == (16, size + 3 * size + min(4, size))
+        assert (targets != -100).sum(1).tolist() == [min(4, size)] * 16
+    sizes = {task.sample(1, 2, 5, seeded(n))[0].shape[1] for n in range(40)}
+    assert sizes == {4 * size + min(4, size) for size in (2, 3, 4, 5)}
+
+
+def test_the_size_of_mqar_is_its_pairs():
+    task = mqar_task(8, vocab_size=32)
+    asked = {int((task.sample(1, 2, 5, seeded(n))[1] != -100).sum()) for n in range(40)}
+    assert asked == {2, 3, 4, 5}
+    input_ids, targets = task.sample(4, 2, 2, seeded())
+    assert input_ids.shape == (4, 32)
+    assert (input_ids[:, 4:][targets[:, 4:] == -100] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -80,9 +98,11 @@ def test_a_lost_pointer_is_right_by_chance_only():
         (associative_recall, (4, 4, 15), {}, "4 pairs need at least 16 tokens, not 15"),
         (associative_recall, (4, 0, 15), {}, "0 pairs need at least 4 tokens"),
         (associative_recall, (4, 4, 16), {"vocab_size": 8}, "4 pairs need a vocabulary of at least 10, not 8"),
-        (state_based_recall, (4, 0, 3), {}, "moves 0 … 3 must increase from at least 1"),
-        (state_based_recall, (4, 1, 3), {"states": 1}, "states=1: at least"),
-        (state_based_recall, (4, 1, 3), {"values": 3, "states": 4}, "values=3 are fewer than states=4"),
+        (state_based_recall, (4, 0, 3), {}, "moves=0 must be at least 1"),
+        (state_based_recall, (4, 1, 3), {"queries": 4}, "queries=4 ≤ records=3 ≤ keys=64 must increase"),
+        (state_based_recall, (4, 1, 3), {"keys": 2}, "queries=1 ≤ records=3 ≤ keys=2 must increase"),
+        (state_based_recall, (4, 1, 3), {"states": 1}, "states=1 must be 2 at least and values=16 at most"),
+        (state_based_recall, (4, 1, 3), {"values": 3, "states": 4}, "states=4 must be 2 at least and values=3 at most"),
     ],
 )
 def test_sizes_that_are_impossible(function, arguments, options, match):

@@ -49,9 +49,11 @@ def test_bands_part_the_sizes(name, sizes, count, expected):
 
 
 def test_normalised_accuracy_is_zero_at_chance():
-    assert TASKS["parity"].normalised(0.5) == 0
-    assert TASKS["modular_arithmetic"].normalised(0.2) == pytest.approx(0)
-    assert TASKS["s5"].normalised(1.0) == 100
+    assert TASKS["parity"].score(0.5) == 0
+    assert TASKS["modular_arithmetic"].score(0.2) == pytest.approx(0)
+    assert TASKS["s5"].score(1.0) == 100
+    assert TASKS["mqar"].score(0.5) == 50
+    assert [TASKS[name].metric for name in ("parity", "mqar")] == ["normalised_accuracy", "accuracy"]
 
 
 class Oracle(LanguageModel):

@@ -326,6 +326,20 @@ def test_the_loss_of_smoothed_labels_is_what_is_above_their_entropy(tmp_path):
     assert loop._entropy(1.0, 5) == pytest.approx(math.log(5))
 
 
+def test_a_level_that_grows_evenly_does_not_look_at_the_loss(tmp_path):
+    levels: list[int] = []
+
+    def noted(seed: int, step: int, level: int):
+        levels.append(level)
+        return batch(seed, step)
+
+    curriculum = Curriculum(start=2, stop=9, step=2, below=1e9, between=(2, 7))
+    task = Task(noted, evaluate_tiny, {"task": "tiny"})
+    train(tiny_model(), task, dataclasses.replace(CONFIG, curriculum=curriculum), tmp_path, "test")
+    # From step 2 to step 7 by 7 / 5 a step, in twos.
+    assert levels == [2, 2, 2, 2, 4, 6, 6, 9, 9]
+
+
 def test_no_bound_of_the_gradient_and_a_longer_schedule(tmp_path, monkeypatch):
     rates = []
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: pytest.fail("clipped"))
