@@ -38,6 +38,13 @@ class SyntheticRecipe:
     validation_samples: int
     tested_from: int | None = None
 
+    def __post_init__(self) -> None:
+        curriculum = self.training.curriculum
+        if curriculum is not None and curriculum.start < self.trained[0]:
+            raise ValueError(
+                f"the curriculum starts at {curriculum.start}, below the smallest size in training, {self.trained[0]}"
+            )
+
     def build(self) -> LanguageModel:
         """The model with the initial weights of the training's seed."""
         torch.manual_seed(self.training.seed)

@@ -61,6 +61,12 @@ def test_weights_are_those_of_the_seed():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_curriculum_that_starts_below_the_smallest_size_is_refused():
+    training = replace(RECIPE.training, curriculum=Curriculum(start=2, stop=20, step=1))
+    with pytest.raises(ValueError, match="the curriculum starts at 2, below the smallest size in training, 3"):
+        replace(RECIPE, training=training)
+
+
 def test_another_task_is_another_run():
     prints = [
         synthetic_task(recipe).fingerprint
