@@ -212,14 +212,14 @@ _CPU_RECALL = Setting(
         beta_initializer_range=0.5,
     ),
     training=TrainingConfig(
-        steps=2000,
+        steps=3000,
         learning_rate=4e-3,
         warmup_steps=50,
         final_learning_rate=0.0,
         betas=(0.9, 0.99),
         evaluate_every=250,
         # Even growth, so that all models see the same tokens.
-        curriculum=Curriculum(start=2, stop=48, step=2, between=(600, 1600)),
+        curriculum=Curriculum(start=2, stop=48, step=2, between=(800, 2000)),
     ),
     learning_rates=(4e-3,),
     batch_size=32,

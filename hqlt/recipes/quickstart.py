@@ -38,21 +38,30 @@ def quickstart_text(seed: int = 0) -> TextRecipe:
 
 
 def quickstart_parity(seed: int = 0) -> dict[str, SyntheticRecipe]:
-    """Four small models on parity; β reaches 2, without which no delta rule can flip a state."""
-    memory = MemoryConfig(hidden_size=64, num_heads=2, window=8, allow_negative_eigenvalues=True)
-    hqlt = ModelConfig(vocab_size=3, num_hidden_layers=2, memory=memory)
-    attention = replace(memory, update_rule=None, window=None, allow_negative_eigenvalues=False)
+    """Four small models on parity; β reaches 2, without which no delta rule can flip a state.
+
+    What a state does with a token must not depend on the tokens around it: no positions, no convolution.
+    """
+    memory = MemoryConfig(
+        hidden_size=64, num_heads=8, window=8, position_encoding="none", allow_negative_eigenvalues=True
+    )
+    hqlt = ModelConfig(vocab_size=3, num_hidden_layers=2, memory=memory, beta_initializer_range=0.5)
+    attention = replace(
+        memory, update_rule=None, window=None, position_encoding="rope", allow_negative_eigenvalues=False
+    )
     models = {
         "HQLT": hqlt,
         "DeltaNet": replace(hqlt, memory=replace(memory, kv_memory=False, window=None)),
-        "Transformer++": replace(hqlt, memory=attention),
+        "Transformer++": replace(hqlt, memory=attention, beta_initializer_range=None),
         "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
     }
     training = TrainingConfig(
         steps=300,
-        learning_rate=3e-3,
+        learning_rate=5e-3,
         warmup_steps=20,
         final_learning_rate=0.0,
+        betas=(0.9, 0.99),
+        label_smoothing=0.1,
         evaluate_every=50,
         curriculum=Curriculum(start=8, stop=24, step=4),
         seed=seed,
@@ -63,7 +72,7 @@ def quickstart_parity(seed: int = 0) -> dict[str, SyntheticRecipe]:
             task="parity",
             model=model,
             training=training,
-            batch_size=128,
+            batch_size=64,
             trained=(3, 24),
             bands=tuple((length, length) for length in lengths),
             validation_samples=512,
