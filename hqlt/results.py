@@ -24,11 +24,11 @@ from hqlt.machine import available_cores, processor
 Row = dict[str, Any]
 
 
-def provenance(arguments: list[str]) -> Row:
-    """Where a number comes from: ``command``, ``machine`` and ``commit`` of a row."""
+def provenance(*command: object) -> Row:
+    """Where a number comes from: ``command`` (these words), ``machine`` and ``commit`` of a row."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{available_cores()} cores"
     machine = f"{processor()}, {device}, Python {platform.python_version()}, torch {torch.__version__}"
-    return {"command": shlex.join(arguments), "machine": machine, "commit": _commit()}
+    return {"command": shlex.join(map(str, command)), "machine": machine, "commit": _commit()}
 
 
 def _commit() -> str:

@@ -39,7 +39,7 @@ def test_a_table_is_aligned():
 
 
 def test_numbers_tell_where_they_come_from():
-    origin = provenance(["python", "run it.py", "--x"])
-    assert origin["command"] == "python 'run it.py' --x"
+    origin = provenance("python", "run it.py", "--x", 1)
+    assert origin["command"] == "python 'run it.py' --x 1"
     assert "torch" in origin["machine"]
     assert origin["commit"]

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hqlt.analysis.expressivity import figures, merge, tables
 from hqlt.analysis.report import figure_svg
+from hqlt.expressivity import figures, merge, tables
 from hqlt.files import write_text
 from hqlt.results import read_rows, replace_section, write_rows
 from hqlt.training.sweep import finished_rows

@@ -9,10 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from hqlt.analysis.expressivity import live_table
-from hqlt.expressivity import expressivity_runs
+from hqlt.expressivity import expressivity_runs, live_table
 from hqlt.recipes import MODELS, PRESETS
-from hqlt.results import provenance
 from hqlt.training import Interrupted
 from hqlt.training.sweep import run_sweep
 
@@ -39,7 +37,6 @@ def main() -> int:
             options.models,
             options.learning_rates,
             options.seeds,
-            origin=provenance(["python", *sys.argv]),
             device=options.device,
         )
         cluster = None if options.slurm is None else dict(_parameter(text) for text in options.slurm)

@@ -173,7 +173,8 @@ _CPU_TRAINING = TrainingConfig(
     betas=(0.9, 0.99),
     label_smoothing=0.1,
     evaluate_every=50,
-    curriculum=Curriculum(start=8, stop=40, step=4),
+    # Even growth, so that all models see the same tokens.
+    curriculum=Curriculum(start=8, stop=40, step=4, between=(60, 160)),
 )
 _CPU_PARITY = Setting(
     task="parity",
@@ -218,7 +219,6 @@ _CPU_RECALL = Setting(
         final_learning_rate=0.0,
         betas=(0.9, 0.99),
         evaluate_every=250,
-        # Even growth, so that all models see the same tokens.
         curriculum=Curriculum(start=2, stop=48, step=2, between=(800, 2000)),
     ),
     learning_rates=(4e-3,),

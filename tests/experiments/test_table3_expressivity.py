@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from hqlt.analysis.expressivity import UNSELECTED, figures, live_table, merge, selected, summary_table
+from hqlt.expressivity import figures, live_table, merge, selected, summary_table
+from hqlt.expressivity.tables import UNSELECTED
 from hqlt.recipes import MODELS, PRESETS
 from hqlt.recipes.expressivity import parameters
 from hqlt.results import read_rows
@@ -78,7 +79,8 @@ def test_from_the_grid_to_the_tables(tmp_path, monkeypatch, capsys):
         assert row["value"] == pytest.approx(sum(list(row["by_size"].values())[2:]) / 2, abs=0.01)
         assert [step for step, _ in row["curve"]] == [2, 3]
         assert row["config"]["state_kib"] > 0
-        assert "run.py --tasks parity" in row["command"]
+        words = f"--tasks {row['task']} --models {row['model']} --learning-rates {row['config']['learning_rate']:g}"
+        assert row["command"].endswith(f"run.py --preset cpu {words} --seeds {row['seed']}")
     of = {row["model"]: row for row in rows if row["task"] == "parity"}
     target = parameters(PRESETS["cpu"]["parity"].model)
     assert all(abs(row["config"]["parameters"] / target - 1) < 0.02 for row in of.values())

@@ -1,4 +1,4 @@
-"""Tables and figures of the expressivity experiment, from the rows that its runs wrote."""
+"""Tables and figures, from the rows that runs wrote."""
 
 from __future__ import annotations
 

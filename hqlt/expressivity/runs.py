@@ -1,4 +1,4 @@
-"""Runs of the expressivity experiment: models × tasks × learning rates × seeds."""
+"""Runs: models × tasks × learning rates × seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from hqlt.models.language_model import LanguageModel
 from hqlt.recipes.expressivity import expressivity, parameters
-from hqlt.results import Row
+from hqlt.results import Row, provenance
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import SyntheticTask, accuracy_by_size, random_numbers
 from hqlt.training.loop import train
@@ -25,7 +25,6 @@ def expressivity_runs(
     learning_rates: list[float] | None,
     seeds: list[int],
     *,
-    origin: Row,
     device: str = "cpu",
 ) -> list[Run]:
     """The runs of a grid, those of one seed after those of another.
@@ -34,7 +33,6 @@ def expressivity_runs(
         preset, tasks, models: names, as in :func:`hqlt.recipes.expressivity`.
         learning_rates: None: those of each setting.
         seeds: of weights and batches.
-        origin: ``command``, ``machine`` and ``commit`` of the rows.
         device: to train on.
 
     Raises:
@@ -48,7 +46,7 @@ def expressivity_runs(
                 for rate in learning_rates or setting.learning_rates:
                     setting, recipe = expressivity(preset, task, model, rate, seed)
                     name = f"{preset}-{task}-{model}-{rate:g}-{seed}".replace("/", "_")
-                    function = partial(_run, preset, task, model, rate, seed, origin, device)
+                    function = partial(_run, preset, task, model, rate, seed, device)
                     runs.append(Run(name, function, {"setting": asdict(setting), "recipe": asdict(recipe)}))
     return runs
 
@@ -59,7 +57,6 @@ def _run(
     model: str,
     learning_rate: float,
     seed: int,
-    origin: Row,
     device: str,
     folder: Path,
     position: int,
@@ -94,9 +91,15 @@ def _run(
             },
             "seconds": rows[-1]["seconds"],
             "tokens": rows[-1]["tokens"],
-            **origin,
+            **provenance(*_command(preset, name, model, learning_rate, seed)),
         }
     ]
+
+
+def _command(preset: str, name: str, model: str, learning_rate: float, seed: int) -> list[object]:
+    """What makes this run alone."""
+    run = ["python", "experiments/table3_expressivity/run.py", "--preset", preset, "--tasks", name, "--models", model]
+    return [*run, "--learning-rates", f"{learning_rate:g}", "--seeds", seed]
 
 
 def _state_size(model: LanguageModel, task: SyntheticTask, size: int) -> float:
