@@ -63,12 +63,13 @@ class Summary:
 
     Attributes:
         median, spread: median, and median absolute deviation from it.
-        best: the largest.
+        worst, best: the smallest and the largest.
         seeds: how many.
     """
 
     median: float
     spread: float
+    worst: float
     best: float
     seeds: int
 
@@ -76,7 +77,7 @@ class Summary:
     def of(cls, values: list[float]) -> Summary:
         """The summary of at least one value."""
         middle = median(values)
-        return cls(middle, median(abs(value - middle) for value in values), max(values), len(values))
+        return cls(middle, median(abs(value - middle) for value in values), min(values), max(values), len(values))
 
 
 def replace_section(path: Path, name: str, text: str) -> None:

@@ -15,8 +15,8 @@ def test_rows_are_kept_a_line_each(tmp_path):
 
 
 def test_a_summary_is_median_deviation_and_best():
-    assert Summary.of([3.0, 1.0, 10.0]) == Summary(3.0, 2.0, 10.0, 3)
-    assert Summary.of([7.0]) == Summary(7.0, 0.0, 7.0, 1)
+    assert Summary.of([3.0, 1.0, 10.0]) == Summary(3.0, 2.0, 1.0, 10.0, 3)
+    assert Summary.of([7.0]) == Summary(7.0, 0.0, 7.0, 7.0, 1)
 
 
 def test_a_section_is_replaced_and_nothing_else(tmp_path):

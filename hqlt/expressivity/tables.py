@@ -81,10 +81,7 @@ def summary_table(rows: list[Row], preset: str, task: str) -> str:
         line = {"model": model}
         if published:
             line["paper: median"], line["paper: best"] = published.get(model, ("–", "–"))
-        line |= {
-            "median": f"{summary.median:.1f} ± {summary.spread:.1f}",
-            "best": f"{summary.best:.1f}",
-            "seeds": str(summary.seeds),
+        line |= _shown(summary) | {
             "learning rate": f"{config['learning_rate']:g}",
             "parameters": f"{config['parameters']:,}",
             "state KiB": f"{config['state_kib']:,.1f}",
@@ -95,9 +92,35 @@ def summary_table(rows: list[Row], preset: str, task: str) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """A table of every preset and task that has rows, by name."""
-    names = {(preset, task): f"{preset} {task}" for preset, tasks in PRESETS.items() for task in tasks}
-    return {name: summary_table(rows, *key) for key, name in names.items() if selected(rows, *key)}
+    """A table of every preset and task that has rows, by name; one of the settings of a preset that differ."""
+    made: dict[str, str] = {}
+    for preset, settings in PRESETS.items():
+        with_rows = [name for name in settings if selected(rows, preset, name)]
+        differing = [name for name in with_rows if settings[name].differs]
+        made |= {f"{preset} {name}": summary_table(rows, preset, name) for name in with_rows if name not in differing}
+        if differing:
+            made[f"{preset} differing"] = differing_table(rows, preset, differing)
+    return made
+
+
+def differing_table(rows: list[Row], preset: str, names: list[str]) -> str:
+    """Median ± median absolute deviation of the models of settings that differ from another, as Markdown."""
+    lines = []
+    for name in names:
+        for model, found in selected(rows, preset, name).items():
+            summary = Summary.of([row["value"] for row in found])
+            line = {"setting": name, "differs": PRESETS[preset][name].differs, "model": model}
+            lines.append(line | _shown(summary))
+    return markdown_table(lines)
+
+
+def _shown(summary: Summary) -> dict[str, str]:
+    return {
+        "median": f"{summary.median:.1f} ± {summary.spread:.1f}",
+        "worst": f"{summary.worst:.1f}",
+        "best": f"{summary.best:.1f}",
+        "seeds": str(summary.seeds),
+    }
 
 
 def live_table(rows: list[Row]) -> str:
@@ -120,7 +143,7 @@ def figures(rows: list[Row]) -> dict[str, Figure]:
     for preset, settings in PRESETS.items():
         for task, setting in settings.items():
             found = selected(rows, preset, task)
-            if not found:
+            if setting.differs or not found:
                 continue
             by_size = {model: [_by_size(row) for row in of] for model, of in found.items()}
             curves = {model: [[(x, y) for x, y in row["curve"]] for row in of] for model, of in found.items()}

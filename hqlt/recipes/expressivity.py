@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -78,6 +78,7 @@ class Setting:
         tested: smallest and largest size of the validation and test samples.
         bands: parts of the tested sizes; smaller ones are measured in two more.
         validation_samples, test_samples: in each band.
+        differs: from another setting, in words, where it only shows what that needs.
     """
 
     task: str
@@ -90,6 +91,7 @@ class Setting:
     bands: int = 7
     validation_samples: int = 32
     test_samples: int = 512
+    differs: str = ""
 
 
 def expressivity(
@@ -261,8 +263,37 @@ _PAPER_PARITY = Setting(
     tested=(40, 256),
     test_samples=1171,
 )
+
+
+def _parity_with(differs: str, **changes: object) -> Setting:
+    """The CPU's parity with another memory."""
+    return replace(_CPU_PARITY, model=_with_memory(_CPU_PARITY.model, **changes), differs=differs)
+
+
+def _with_memory(model: ModelConfig, **changes: Any) -> ModelConfig:
+    return replace(model, memory=replace(_one(model), **changes))
+
+
+_CPU_DIFFERING = {
+    "parity_rope": _parity_with("with rotary positions in KV memory", position_encoding="rope"),
+    "parity_convolution": _parity_with("with short convolutions", short_convolution=True),
+    "parity_4_heads": _parity_with("4 heads instead of 8", num_heads=4),
+    "parity_plain_beta": replace(
+        _CPU_PARITY,
+        model=replace(_CPU_PARITY.model, beta_initializer_range=None),
+        differs="projection of β drawn like the others (0.02)",
+    ),
+    "parity_no_smoothing": replace(
+        _CPU_PARITY, training=replace(_CPU_TRAINING, label_smoothing=0.0), differs="no label smoothing"
+    ),
+}
 PRESETS: dict[str, dict[str, Setting]] = {
-    "cpu": {"parity": _CPU_PARITY, "modular_arithmetic": _CPU_MODULAR, "state_based_recall": _CPU_RECALL},
+    "cpu": {
+        "parity": _CPU_PARITY,
+        "modular_arithmetic": _CPU_MODULAR,
+        "state_based_recall": _CPU_RECALL,
+        **_CPU_DIFFERING,
+    },
     "paper": {
         "parity": _PAPER_PARITY,
         "modular_arithmetic": replace(

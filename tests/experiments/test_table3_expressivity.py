@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from hqlt.expressivity import figures, live_table, merge, selected, summary_table
+from hqlt.expressivity import figures, live_table, merge, selected, summary_table, tables
 from hqlt.expressivity.tables import UNSELECTED
 from hqlt.recipes import MODELS, PRESETS
 from hqlt.recipes.expressivity import parameters
@@ -173,9 +173,21 @@ def test_tables_tell_median_and_spread():
     rows = merge([], [row(seed=seed, value=value) for seed, value in enumerate((90.0, 100.0, 97.0, 99.0, 98.0))])
     (line,) = [line for line in summary_table(rows, "cpu", "parity").splitlines() if "synchronous" in line]
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
-        "synchronous", "99.7 ± 0.1", "100.0", "98.0 ± 1.0", "100.0", "5", "0.001", "1,000", "1.5", "60"
+        "synchronous", "99.7 ± 0.1", "100.0", "98.0 ± 1.0", "90.0", "100.0", "5", "0.001", "1,000", "1.5", "60"
     ]  # fmt: skip
     assert "| 98.0 ± 1.0 (5)" in live_table(rows)
+
+
+def test_settings_that_differ_share_a_table():
+    names = ("parity_rope", "parity_4_heads")
+    rows = merge([], [row(task=name, seed=seed, value=10.0 * seed) for name in names for seed in range(3)])
+    made = tables(rows)
+    assert list(made) == ["cpu differing"]
+    lines = made["cpu differing"].splitlines()[2:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == [
+        [name, PRESETS["cpu"][name].differs, "synchronous", "10.0 ± 10.0", "0.0", "20.0", "3"] for name in names
+    ]
+    assert figures(rows) == {}
 
 
 def test_every_model_has_a_panel():
