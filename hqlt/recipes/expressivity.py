@@ -283,6 +283,11 @@ _CPU_DIFFERING = {
         model=replace(_CPU_PARITY.model, beta_initializer_range=None),
         differs="projection of β drawn like the others (0.02)",
     ),
+    "state_based_recall_plain_convolution": replace(
+        _CPU_RECALL,
+        model=replace(_CPU_RECALL.model, conv_initializer_range=None),
+        differs="convolutions drawn like the other weights (0.02)",
+    ),
     "parity_no_smoothing": replace(
         _CPU_PARITY, training=replace(_CPU_TRAINING, label_smoothing=0.0), differs="no label smoothing"
     ),
