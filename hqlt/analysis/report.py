@@ -87,7 +87,7 @@ def plot_panels(
     marker_label: str = "",
     columns: int = 5,
 ) -> Figure:
-    """A panel for each name with all its curves, thin, and their median at every x, thick; axes are shared.
+    """A panel for each name with all its curves of percentages, thin, and their median at every x, thick; shared axes.
 
     Args:
         panels: curves with the same x.
@@ -99,6 +99,7 @@ def plot_panels(
     lines = -(-len(panels) // columns)
     figure = Figure(figsize=(2.3 * min(columns, len(panels)) + 0.5, 1.9 * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, min(columns, len(panels)), sharex=True, sharey=True, squeeze=False).flatten()
+    lowest = min(y for curves in panels.values() for curve in curves for _, y in curve)
     for axes, (name, curves) in zip(grid, panels.items(), strict=False):
         if marker is not None:
             axes.axvline(marker, color="#999", linewidth=1, linestyle="--", label=marker_label)
@@ -107,7 +108,7 @@ def plot_panels(
         middle = [(points[0][0], median(y for _, y in points)) for points in zip(*curves, strict=True)]
         axes.plot(*zip(*middle, strict=True), color=COLOURS[0], linewidth=2.0, label="median of the seeds")
         axes.set_title(name, fontsize=8)
-        axes.set_ylim(-8, 105)
+        axes.set_ylim(min(0.0, lowest) - 5, 105)
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
     for axes in grid[len(panels) :]:
@@ -115,7 +116,7 @@ def plot_panels(
     figure.supxlabel(x_label, fontsize=9)
     figure.supylabel(y_label, fontsize=9)
     handles, labels = grid[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower right", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside upper right", ncols=len(labels), frameon=False, fontsize=8)
     return figure
 
 

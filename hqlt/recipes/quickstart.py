@@ -40,7 +40,7 @@ def quickstart_text(seed: int = 0) -> TextRecipe:
 def quickstart_parity(seed: int = 0) -> dict[str, SyntheticRecipe]:
     """Four small models on parity; β reaches 2, without which no delta rule can flip a state.
 
-    What a state does with a token must not depend on the tokens around it: no positions, no convolution.
+    β begins near 0 for some tokens and near 2 for others, so that what is learned holds at any length.
     """
     memory = MemoryConfig(
         hidden_size=64, num_heads=8, window=8, position_encoding="none", allow_negative_eigenvalues=True
