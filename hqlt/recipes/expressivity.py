@@ -167,7 +167,7 @@ def _matched(config: ModelConfig, target: ModelConfig) -> ModelConfig:
 _CPU_MEMORY = MemoryConfig(
     hidden_size=64, num_heads=8, window=8, position_encoding="none", allow_negative_eigenvalues=True
 )
-_CPU_TRAINING = TrainingConfig(
+CPU_TRAINING = TrainingConfig(
     steps=300,
     learning_rate=5e-3,
     warmup_steps=20,
@@ -183,7 +183,7 @@ _CPU_PARITY = Setting(
     model=ModelConfig(
         vocab_size=3, num_hidden_layers=2, memory=_CPU_MEMORY, intermediate_size=64, beta_initializer_range=0.5
     ),
-    training=_CPU_TRAINING,
+    training=CPU_TRAINING,
     learning_rates=(5e-3, 2e-3),
     batch_size=64,
     trained=(3, 40),
@@ -194,7 +194,7 @@ _CPU_MODULAR = replace(
     task="modular_arithmetic",
     model=replace(_CPU_PARITY.model, vocab_size=10, num_hidden_layers=3, intermediate_size=128),
     training=replace(
-        _CPU_TRAINING,
+        CPU_TRAINING,
         steps=8000,
         learning_rate=3e-3,
         warmup_steps=50,
@@ -214,12 +214,12 @@ _CPU_RECALL = Setting(
         conv_initializer_range=0.3,
         beta_initializer_range=0.5,
     ),
-    training=TrainingConfig(
+    training=replace(
+        CPU_TRAINING,
         steps=3000,
         learning_rate=4e-3,
         warmup_steps=50,
-        final_learning_rate=0.0,
-        betas=(0.9, 0.99),
+        label_smoothing=0.0,
         evaluate_every=250,
         curriculum=Curriculum(start=2, stop=48, step=2, between=(800, 2000)),
     ),
@@ -265,13 +265,10 @@ _PAPER_PARITY = Setting(
 )
 
 
-def _parity_with(differs: str, **changes: object) -> Setting:
+def _parity_with(differs: str, **changes: Any) -> Setting:
     """The CPU's parity with another memory."""
-    return replace(_CPU_PARITY, model=_with_memory(_CPU_PARITY.model, **changes), differs=differs)
-
-
-def _with_memory(model: ModelConfig, **changes: Any) -> ModelConfig:
-    return replace(model, memory=replace(_one(model), **changes))
+    model = _CPU_PARITY.model
+    return replace(_CPU_PARITY, model=replace(model, memory=replace(_one(model), **changes)), differs=differs)
 
 
 _CPU_DIFFERING = {
@@ -289,7 +286,7 @@ _CPU_DIFFERING = {
         differs="convolutions drawn like the other weights (0.02)",
     ),
     "parity_no_smoothing": replace(
-        _CPU_PARITY, training=replace(_CPU_TRAINING, label_smoothing=0.0), differs="no label smoothing"
+        _CPU_PARITY, training=replace(CPU_TRAINING, label_smoothing=0.0), differs="no label smoothing"
     ),
 }
 PRESETS: dict[str, dict[str, Setting]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hqlt.config import MemoryConfig, ModelConfig
+from hqlt.recipes.expressivity import CPU_TRAINING
 from hqlt.training.loop import Curriculum, TrainingConfig
 from hqlt.training.synthetic import SyntheticRecipe
 
@@ -55,17 +56,7 @@ def quickstart_parity(seed: int = 0) -> dict[str, SyntheticRecipe]:
         "Transformer++": replace(hqlt, memory=attention, beta_initializer_range=None),
         "HQLT Delayed-Streaming": replace(hqlt, memory=replace(memory, schedule="delayed_streaming")),
     }
-    training = TrainingConfig(
-        steps=300,
-        learning_rate=5e-3,
-        warmup_steps=20,
-        final_learning_rate=0.0,
-        betas=(0.9, 0.99),
-        label_smoothing=0.1,
-        evaluate_every=50,
-        curriculum=Curriculum(start=8, stop=24, step=4),
-        seed=seed,
-    )
+    training = replace(CPU_TRAINING, curriculum=Curriculum(start=8, stop=24, step=4), seed=seed)
     lengths = (4, 8, 12, 16, 20, 24, 32, 40, 48, 72, 96)
     return {
         name: SyntheticRecipe(
