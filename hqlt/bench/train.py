@@ -32,8 +32,7 @@ class _Trainee:
         self.low, self.steps = low, steps
         torch.manual_seed(self.recipe.training.seed)
         self.model = LanguageModel(self.recipe.models[name])
-        training = self.recipe.training
-        self.optimizer = make_adamw(self.model, training.learning_rate, training.weight_decay, training.betas)
+        self.optimizer = make_adamw(self.model, self.recipe.training)
         self.losses: list[float] = []
 
     def loss(self, step: int) -> torch.Tensor:

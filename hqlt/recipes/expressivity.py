@@ -15,7 +15,7 @@ import torch
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.models.language_model import LanguageModel
 from hqlt.tasks import TASKS
-from hqlt.training.loop import Curriculum, TrainingConfig
+from hqlt.training.config import Curriculum, TrainingConfig
 from hqlt.training.synthetic import SyntheticRecipe
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.recipes.expressivity import CPU_TRAINING
-from hqlt.training.loop import Curriculum, TrainingConfig
+from hqlt.training.config import Curriculum, TrainingConfig
 from hqlt.training.synthetic import SyntheticRecipe
 
 

@@ -22,74 +22,13 @@ from tqdm import tqdm
 from hqlt.files import write_jsonl
 from hqlt.models.language_model import LanguageModel
 from hqlt.training.checkpoint import load_checkpoint, save_checkpoint
-from hqlt.training.optimizer import make_adamw, warmup_cosine
+from hqlt.training.config import TrainingConfig
+from hqlt.training.optimizer import make_adamw, scheduled_rate
 
 Metrics = dict[str, Any]
 
 SAVE_EVERY = 20.0  # seconds
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Curriculum:
-    """A difficulty that grows whenever the loss has become small, or evenly.
-
-    Attributes:
-        start, stop, step: first and last level, and how far one step goes.
-        below: the smoothed loss has to fall below this for the next step; it then starts from twice as much.
-        smoothing: weight of the past in the smoothed loss.
-        between: training steps at which even growth begins and ends, whatever the loss: all models then see the same
-            batches.
-    """
-
-    start: int
-    stop: int
-    step: int
-    below: float = 0.05
-    smoothing: float = 0.8
-    between: tuple[int, int] | None = None
-
-    def next(self, steps: int, level: int, smooth: float, loss: float) -> tuple[int, float]:
-        """Level and smoothed loss after this many training steps, the last of them with this loss."""
-        if self.between is not None:
-            begin, end = self.between
-            grown = (self.stop - self.start) * max(0, steps - begin) // (end - begin)
-            return (self.stop if steps >= end else self.start + grown // self.step * self.step), loss
-        smooth = self.smoothing * smooth + (1 - self.smoothing) * loss
-        if smooth >= self.below or level >= self.stop:
-            return level, smooth
-        return min(self.stop, level + self.step), 2 * self.below
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a model is trained.
-
-    Attributes:
-        steps: optimiser updates.
-        learning_rate: peak; linear warm-up over ``warmup_steps``, then a cosine to ``final_learning_rate`` · peak.
-        weight_decay, betas: of AdamW.
-        schedule_steps: that the cosine takes, by default up to the last step.
-        clip: bound of the global gradient norm; None: none.
-        label_smoothing: s of the target (1 − s)·one-hot + s / V. The loss is then the divergence from that target,
-            without the entropy of the target itself, so that 0 is perfect.
-        evaluate_every: steps between evaluations; one more follows the last step.
-        curriculum: difficulty of the batches, for tasks that have one.
-        seed: of the initial weights and of the batches.
-    """
-
-    steps: int
-    learning_rate: float
-    warmup_steps: int
-    final_learning_rate: float = 0.1
-    weight_decay: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    schedule_steps: int | None = None
-    clip: float | None = 1.0
-    label_smoothing: float = 0.0
-    evaluate_every: int = 100
-    seed: int = 0
-    curriculum: Curriculum | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +77,7 @@ def train(
         FloatingPointError: the loss is not finite.
     """
     identity = _identity(model, task, config)
-    optimizer = make_adamw(model, config.learning_rate, config.weight_decay, config.betas)
+    optimizer = make_adamw(model, config)
     path = directory / "checkpoint.pt"
     saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
     progress: Metrics = {"step": 0, "tokens": 0, "seconds": 0.0, "rows": []}
@@ -159,7 +98,7 @@ def train(
         save_checkpoint(path, {**state, "identity": identity, "progress": progress})
 
     model.train()
-    with stop_requests() as stop, _progress(config.steps, progress["step"], label, position) as bar:
+    with stop_requests() as stop, progress_bar(config.steps, progress["step"], label, position) as bar:
         last_save = time.monotonic()
         while progress["step"] < config.steps:
             loss = _advance(model, optimizer, task, config, progress)
@@ -201,8 +140,7 @@ def _advance(
     level = () if curriculum is None else (progress["level"],)
     device = model.embedding.weight.device
     input_ids, targets = (x.to(device) for x in task.batch(config.seed, step, *level))
-    rate = warmup_cosine(step, config.schedule_steps or config.steps, config.warmup_steps, config.final_learning_rate)
-    loss = _update(model, optimizer, input_ids, targets, rate * config.learning_rate, config)
+    loss = _update(model, optimizer, input_ids, targets, scheduled_rate(step, config), config)
     if curriculum is not None:
         smooth = loss if math.isinf(progress["smooth"]) else progress["smooth"]
         progress["level"], progress["smooth"] = curriculum.next(step + 1, progress["level"], smooth, loss)
@@ -289,7 +227,7 @@ def stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _progress(steps: int, done: int, label: str, position: int) -> tqdm[Any]:
+def progress_bar(steps: int, done: int, label: str, position: int, silent: bool = False) -> tqdm[Any]:
     """A progress bar with rate and time left; in a log file a line every ten seconds."""
     interactive = sys.stderr.isatty()
     return tqdm(
@@ -301,5 +239,6 @@ def _progress(steps: int, done: int, label: str, position: int) -> tqdm[Any]:
         unit="step",
         mininterval=0.2 if interactive else 10.0,
         dynamic_ncols=interactive,
+        disable=silent,
         smoothing=0.1,
     )

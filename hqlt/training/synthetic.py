@@ -11,7 +11,8 @@ from hqlt.config import ModelConfig
 from hqlt.models.language_model import LanguageModel
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import BandAccuracy, SyntheticTask, accuracy_by_size, random_numbers
-from hqlt.training.loop import Metrics, Task, TrainingConfig
+from hqlt.training.config import TrainingConfig
+from hqlt.training.loop import Metrics, Task
 
 
 @dataclass(frozen=True, kw_only=True)

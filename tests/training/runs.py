@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hqlt import LanguageModel, MemoryConfig, ModelConfig
-from hqlt.training.loop import Interrupted, Metrics, Task, TrainingConfig, stop_requests, train
+from hqlt.training.config import TrainingConfig
+from hqlt.training.loop import Interrupted, Metrics, Task, stop_requests, train
 
 DEADLINE = 30.0  # seconds until a test that went wrong ends
 MEMORY = MemoryConfig(hidden_size=8, num_heads=2, window=3)

@@ -352,4 +352,4 @@ def test_no_bound_of_the_gradient_and_a_longer_schedule(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", noted)
     config = dataclasses.replace(CONFIG, clip=None, schedule_steps=100)
     train(tiny_model(), tiny_task(), config, tmp_path, "test")
-    assert rates == [CONFIG.learning_rate * loop.warmup_cosine(n, 100, CONFIG.warmup_steps, 0.1) for n in range(9)]
+    assert rates == [CONFIG.learning_rate * warmup_cosine(n, 100, CONFIG.warmup_steps, 0.1) for n in range(9)]
