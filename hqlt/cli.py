@@ -1,4 +1,4 @@
-"""Command line: `hqlt quickstart`, `hqlt generate`, `hqlt chat`, `hqlt convert`, `hqlt bench`."""
+"""Command line: `hqlt quickstart`, `hqlt data`, `hqlt train`, `hqlt generate`, `hqlt convert` and the others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from hqlt.data.command import add_data
+from hqlt.train import add_train
 
 if TYPE_CHECKING:
     from hqlt.speak import Sampling, Speaker
@@ -52,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_seed, default=0, help="of weights, batches and sampling (default: 0)")
     command.add_argument("--workers", type=_workers, help="runs at a time (default: one per core)")
     command.set_defaults(run=_quickstart)
+    add_data(commands)
+    add_train(commands)
     _add_speech(commands)
     _add_score(commands)
     _add_convert(commands)
@@ -109,9 +114,10 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "convert",
         help="convert checkpoints from and to the published formats",
         description="A published checkpoint of HQLT, DeltaNet or Transformer++ becomes a model of this library, and a "
-        "model of this library becomes a published checkpoint.",
+        "model of this library becomes a published checkpoint. Of a folder of `hqlt train lm` the newest checkpoint "
+        "becomes a model, which transformers reads too.",
     )
-    command.add_argument("source", type=Path, help="folder with config.json and weights, or a file of weights")
+    command.add_argument("source", type=Path, help="folder of a model or of a run, or file of weights")
     command.add_argument("target", type=Path, help="new folder")
     command.add_argument("--config", type=Path, help="configuration of a file of weights (default: beside it)")
     command.set_defaults(run=_convert)
@@ -197,7 +203,11 @@ def _score(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from hqlt.models.conversion import convert
+    from hqlt.training.export import export_run, is_run
 
+    if is_run(options.source):
+        print(export_run(options.source, options.target))
+        return 0
     print(convert(options.source, options.target, options.config))
     return 0
 

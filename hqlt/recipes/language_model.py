@@ -1,0 +1,153 @@
+"""Recipes of language models: those of the paper (tables 2, 4 and 7), and small ones for a CPU.
+
+A recipe is a function of the vocabulary; :data:`LANGUAGE_MODELS` names them all. One of your own is such a function in
+a Python file, which ``hqlt train lm FILE.py:FUNCTION`` takes too; a variant is ``replace()`` or ``recipe.scaled()``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from hqlt.config import MemoryConfig, ModelConfig
+from hqlt.training.config import TrainingConfig
+from hqlt.training.language import LanguageRecipe
+
+PAPER_VOCABULARY = 32_000
+
+# Section 5 of the paper's appendix and the published code: every parameter decays, and β of DeltaNet ends at 1.
+_PAPER_TRAINING = TrainingConfig(
+    steps=28_672,
+    learning_rate=1e-3,
+    warmup_steps=1024,
+    final_learning_rate=0.1,
+    epsilon=1e-15,
+    decay="all",
+    evaluate_every=2048,
+    seed=42,
+)
+PAPER_SIZES = {"340m": (1024, 8, 2048), "1.3b": (2048, 16, 2240)}  # width, heads, tokens of a row
+_PAPER_MEMORY = MemoryConfig(hidden_size=1024, num_heads=8, window=64, allow_negative_eigenvalues=True)
+
+Change = Callable[[MemoryConfig], MemoryConfig]
+_TRANSFORMER: Change = lambda m: replace(  # noqa: E731 - a row of a table
+    m, update_rule=None, window=None, num_heads=m.hidden_size // 64, allow_negative_eigenvalues=False
+)
+_DELTANET: Change = lambda m: replace(m, kv_memory=False, window=None, allow_negative_eigenvalues=False)  # noqa: E731
+
+
+def _memory(**changes: object) -> Change:
+    return lambda memory: replace(memory, **changes)  # type: ignore[arg-type]
+
+
+_LINEAR = {"update_rule": "linear", "allow_negative_eigenvalues": False}
+PAPER_MODELS: dict[str, Change] = {
+    "transformer": _TRANSFORMER,
+    "deltanet": _DELTANET,
+    "delayed_streaming": _memory(schedule="delayed_streaming"),
+    "delayed_chunk": _memory(schedule="delayed_chunk"),
+    "synchronous": _memory(),
+    "synchronous_nope": _memory(position_encoding="none"),
+}
+_ABLATIONS: dict[str, Change] = {
+    "synchronous_sum": _memory(mixer="sum"),
+    "synchronous_dynamic_scalar": _memory(mixer="dynamic_scalar"),
+    "synchronous_linear": _memory(**_LINEAR),
+    "synchronous_linear_published": _memory(**_LINEAR, linear_normaliser="published"),
+    **{f"synchronous_window_{window}": _memory(window=window) for window in (128, 256, 512, 1024)},
+    "synchronous_window_1024_nope": _memory(window=1024, position_encoding="none"),
+}
+
+
+def _paper(size: str, change: Change, vocab_size: int | None = None) -> LanguageRecipe:
+    width, heads, length = PAPER_SIZES[size]
+    memory = change(replace(_PAPER_MEMORY, hidden_size=width, num_heads=heads))
+    model = ModelConfig(
+        vocab_size=vocab_size or PAPER_VOCABULARY,
+        num_hidden_layers=24,
+        memory=memory,
+        # The published Transformer++ draws all weights alike.
+        rescale_residual=memory.update_rule is not None,
+    )
+    return LanguageRecipe(model=model, training=_PAPER_TRAINING, batch_size=256, length=length)
+
+
+_CPU_MEMORY = MemoryConfig(hidden_size=128, num_heads=2, window=64)
+CPU_MODELS: dict[str, tuple[Change, int]] = {
+    # The vector gate of the mixer costs D² parameters a layer; models without it get them back in the MLP.
+    "transformer": (_memory(update_rule=None, window=None), 43),
+    "deltanet": (_memory(kv_memory=False, window=None), 43),
+    "delayed_streaming": (_memory(schedule="delayed_streaming"), 0),
+    "delayed_chunk": (_memory(schedule="delayed_chunk"), 0),
+    "synchronous": (_memory(), 0),
+}
+
+
+def cpu(model: str = "synchronous", vocab_size: int = 256, **memory: object) -> LanguageRecipe:
+    """About a million parameters beside the embedding, for hours of two cores at most.
+
+    Args:
+        model: name in :data:`CPU_MODELS`.
+        vocab_size: of the data.
+        memory: changes of the memory, for ablations.
+    """
+    change, wider = CPU_MODELS[model]
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        num_hidden_layers=4,
+        memory=replace(change(_CPU_MEMORY), **memory),  # type: ignore[arg-type]
+        intermediate_size=448 + wider,
+    )
+    training = TrainingConfig(steps=1000, learning_rate=3e-3, warmup_steps=50, evaluate_every=100)
+    return LanguageRecipe(model=config, training=training, batch_size=8, length=512, precision="float32")
+
+
+LANGUAGE_MODELS: dict[str, Callable[..., LanguageRecipe]] = {
+    **{
+        f"{size}_{name}": partial(_paper, size, change) for size in PAPER_SIZES for name, change in PAPER_MODELS.items()
+    },
+    **{f"340m_{name}": partial(_paper, "340m", change) for name, change in _ABLATIONS.items()},
+    **{f"cpu_{name}": partial(cpu, name) for name in CPU_MODELS},
+}
+"""Recipes by name; each takes ``vocab_size``, which for those of the paper is 32,000 by default."""
+
+
+def language_model(name: str, vocab_size: int | None = None) -> LanguageRecipe:
+    """The recipe of this name, or that which ``FUNCTION(vocab_size)`` of ``FILE.py:FUNCTION`` returns.
+
+    Args:
+        name: in :data:`LANGUAGE_MODELS`, or ``FILE.py:FUNCTION``.
+        vocab_size: of the data; None: as the recipe has it.
+
+    Raises:
+        ValueError: no such recipe, function, or a function that returns something else.
+        FileNotFoundError: no such file.
+    """
+    make = _from_file(name) if ".py:" in name else LANGUAGE_MODELS.get(name)
+    if make is None:
+        raise ValueError(
+            f"{name!r} is no recipe; choose one of {', '.join(LANGUAGE_MODELS)}, or FILE.py:FUNCTION of your own"
+        )
+    recipe = make() if vocab_size is None else make(vocab_size=vocab_size)
+    if not isinstance(recipe, LanguageRecipe):
+        raise ValueError(f"{name} returned {type(recipe).__name__}, not a LanguageRecipe")
+    return recipe
+
+
+def _from_file(name: str) -> Callable[..., object]:
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} with a recipe {function!r}")
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    found: object = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"{path} has no function {function!r}")
+    return found

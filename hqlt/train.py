@@ -1,0 +1,194 @@
+"""`hqlt train lm`: what a person asks of a language-model run, and what it shows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hqlt.data.shards import TokenShards
+    from hqlt.models.language_model import LanguageModel
+    from hqlt.training.language import LanguageRecipe
+
+# Of a recipe, that an option may change.
+CHANGES = ("steps", "learning_rate", "batch_size", "length", "packing", "precision", "seed", "evaluate_every")
+SAMPLE_TOKENS = 200
+
+
+def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """`hqlt train lm`."""
+    train = commands.add_parser("train", help="train a language model, on one device or many")
+    kinds = train.add_subparsers(required=True, metavar="KIND")
+    command = kinds.add_parser(
+        "lm",
+        help="a language model on prepared tokens",
+        description="Train a recipe on the tokens of `hqlt data prepare`. Repeat the command to go on after an "
+        "interruption of any kind. On many devices: torchrun --nproc-per-node N -m hqlt train lm …",
+    )
+    command.add_argument("recipe", nargs="?", help="name, or FILE.py:FUNCTION of your own; without one they are listed")
+    command.add_argument("--data", type=Path, metavar="DIR", help="prepared tokens to train on")
+    command.add_argument("--held-out", type=Path, metavar="DIR", help="prepared tokens to evaluate on")
+    command.add_argument("--output", type=Path, metavar="DIR", help="folder of the run (default: runs/lm/RECIPE)")
+    _add_recipe(command)
+    _add_engine(command)
+    _add_watch(command)
+    command.add_argument(
+        "--dry-run", action="store_true", help="print what the run takes, without data and without allocating"
+    )
+    command.add_argument("--devices", type=int, help="dry run: how many (default: 1)")
+    command.add_argument("--utilisation", type=float, help="dry run: share of their peak (default: 0.3)")
+    command.set_defaults(run=train_lm)
+
+
+def _add_recipe(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("instead of what the recipe says")
+    group.add_argument("--steps", type=int, help="updates")
+    group.add_argument("--learning-rate", type=float)
+    group.add_argument("--batch-size", type=int, help="rows of an update, over all devices")
+    group.add_argument("--length", type=int, help="tokens of a row")
+    group.add_argument("--packing", help="concatenated, isolated, or lanes (carries the memories from row to row)")
+    group.add_argument("--precision", help="bfloat16, float32 or float64")
+    group.add_argument("--seed", type=int, help="of weights and order")
+    group.add_argument("--evaluate-every", type=int, metavar="STEPS")
+
+
+def _add_engine(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("how it runs; changes no result but by rounding")
+    group.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
+    group.add_argument("--parallel", default="auto", help="fsdp (default), hsdp or ddp on several devices")
+    group.add_argument("--micro-batch", type=int, default=8, help="rows that a device takes at a time (default: 8)")
+    group.add_argument("--compile", action="store_true", help="compile the blocks")
+    group.add_argument("--activation-checkpointing", action="store_true", help="less memory for a third more work")
+    group.add_argument("--threads", type=int, help="of torch")
+
+
+def _add_watch(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what it keeps and tells")
+    group.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="checkpoints (default: 1000)")
+    group.add_argument("--keep", type=int, default=2, help="checkpoints that stay (default: 2)")
+    group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="rows of metrics (default: 10)")
+    group.add_argument("--evaluate-rows", type=int, help="held-out rows of an evaluation (default: all)")
+    group.add_argument("--sample-every", type=int, metavar="STEPS", help="texts that the model writes (default: none)")
+    group.add_argument("--prompt", default="The ", help="of these texts (default: %(default)r)")
+    group.add_argument("--peak-tflops", type=float, help="of a device, where it is not known (for the MFU)")
+    group.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="metrics.jsonl only")
+    group.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
+
+
+def train_lm(options: argparse.Namespace) -> int:
+    """Run the command; an interruption after which everything is saved is a success."""
+    from hqlt.recipes.language_model import LANGUAGE_MODELS
+    from hqlt.training.loop import Interrupted
+
+    if options.recipe is None:
+        print("\n".join(LANGUAGE_MODELS))
+        return 0
+    if options.dry_run:
+        print(_plan(options))
+        return 0
+    for name in ("devices", "utilisation"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} belongs to --dry-run; leave it out (torchrun sets the number of devices)")
+    if options.data is None:
+        raise ValueError("--data is missing: a folder that `hqlt data prepare` has written")
+    try:
+        _train(options)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+    return 0
+
+
+def _recipe(options: argparse.Namespace, vocab_size: int | None) -> LanguageRecipe:
+    """The recipe with the changes that were asked for; those of the paper keep their vocabulary."""
+    from hqlt.recipes.language_model import PAPER_SIZES, language_model
+
+    paper = options.recipe.startswith(tuple(f"{size}_" for size in PAPER_SIZES))
+    recipe = language_model(options.recipe, None if paper else vocab_size)
+    given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+    return recipe.scaled(**given)
+
+
+def _plan(options: argparse.Namespace) -> str:
+    from hqlt.analysis.plan import UTILISATION, plan
+    from hqlt.data.shards import TokenShards
+
+    recipe = _recipe(options, None if options.data is None else TokenShards.open(options.data).vocab_size)
+    made = plan(
+        recipe.model,
+        steps=recipe.training.steps,
+        batch_size=recipe.batch_size,
+        length=recipe.length,
+        devices=options.devices or 1,
+        micro_batch=min(options.micro_batch, max(1, recipe.batch_size // (options.devices or 1))),
+        activation_checkpointing=options.activation_checkpointing,
+        utilisation=options.utilisation or UTILISATION,
+    )
+    return made.describe()
+
+
+def _train(options: argparse.Namespace) -> None:
+    import torch
+
+    from hqlt.analysis.cost import training_flops
+    from hqlt.analysis.devices import peak_flops
+    from hqlt.data.shards import TokenShards
+    from hqlt.training.distributed import Engine, join
+    from hqlt.training.pretraining import Watch, pretrain
+
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    data = TokenShards.open(options.data)
+    held_out = None if options.held_out is None else TokenShards.open(options.held_out)
+    recipe = _recipe(options, data.vocab_size)
+    directory = options.output or Path("runs/lm") / Path(options.recipe.replace(":", "-")).name
+    engine = Engine(
+        parallel=options.parallel,
+        micro_batch=options.micro_batch,
+        compile=options.compile,
+        activation_checkpointing=options.activation_checkpointing,
+    )
+    with join(options.device) as world:
+        peak = options.peak_tflops * 1e12 if options.peak_tflops else None
+        if peak is None and world.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(world.device))
+        watch = Watch(
+            log_every=options.log_every,
+            save_every=options.save_every,
+            keep=options.keep,
+            evaluate_rows=options.evaluate_rows,
+            sample_every=options.sample_every,
+            sample=_writer(data, options.prompt, recipe.training.seed) if options.sample_every else None,
+            peak_flops=peak,
+            flops_per_token=training_flops(recipe.model, recipe.length).total,
+            tensorboard=options.tensorboard,
+            wandb=options.wandb,
+        )
+        if world.leads:
+            print(f"{directory}: {recipe.training.steps:,} steps of {recipe.batch_size} × {recipe.length} tokens of "
+                  f"{data!r} on {world.size} × {world.device.type}", file=sys.stderr)  # fmt: skip
+        rows = pretrain(recipe, data, held_out, directory, world, engine, watch)
+        if world.leads:
+            print(json.dumps({"output": str(directory), **rows[-1]}))
+
+
+def _writer(data: TokenShards, prompt: str, seed: int) -> Callable[[LanguageModel], str]:
+    """What lets a model go on from the prompt, the same way every time."""
+    import torch
+
+    from hqlt.models.generation import generate
+
+    tokenizer = data.tokenizer()
+    ids = tokenizer.start + tokenizer.encode(prompt)
+
+    def write(model: LanguageModel) -> str:
+        start = torch.tensor(ids, device=model.embedding.weight.device)
+        written = generate(model, start, SAMPLE_TOKENS, temperature=0.8, top_p=0.95, seed=seed)
+        show = tokenizer.stream(ids)
+        return prompt + "".join(show(token) for token in written)
+
+    return write

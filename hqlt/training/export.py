@@ -1,0 +1,50 @@
+"""A run's checkpoint as a model that is used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from hqlt.config import ModelConfig
+from hqlt.files import new_folder
+from hqlt.models.files import save_model
+from hqlt.models.language_model import LanguageModel
+from hqlt.models.tokenizer import TOKENIZER
+from hqlt.training.pretraining import RECIPE
+from hqlt.training.snapshots import complete, read_weights
+
+
+def is_run(directory: Path) -> bool:
+    """Whether `hqlt train lm` has written this folder."""
+    return (directory / RECIPE).is_file()
+
+
+def export_run(directory: Path, target: Path) -> str:
+    """Write the model of a run's newest checkpoint, and its tokenizer, for :func:`hqlt.load_model` and transformers.
+
+    Args:
+        directory: of a run, on however many devices it was trained.
+        target: new folder.
+
+    Returns:
+        what was done, in a sentence.
+
+    Raises:
+        FileExistsError: the target is not empty.
+        FileNotFoundError: no checkpoint yet.
+        ValueError: a damaged checkpoint.
+    """
+    found = complete(directory)
+    if not found:
+        raise FileNotFoundError(f"{directory} holds no complete checkpoint yet; let the run reach one")
+    content = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
+    model = LanguageModel(ModelConfig.from_dict(content["recipe"]["model"]))
+    weights = read_weights(found[-1])
+    with new_folder(target) as folder:
+        model.load_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, assign=True)
+        model.tie_weights()
+        save_model(model, folder)
+        if (directory / TOKENIZER).is_file():
+            shutil.copyfile(directory / TOKENIZER, folder / TOKENIZER)
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters of {found[-1].name} written to {target}"

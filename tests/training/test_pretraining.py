@@ -1,0 +1,407 @@
+"""Training of language models: one process = many, whole = resumed, engine = a loop by hand."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hqlt import LanguageModel, load_model
+from hqlt.data import Loader, TokenShards, rows_for_evaluation
+from hqlt.training import pretraining, snapshots
+from hqlt.training.distributed import Engine, World, known_warnings
+from hqlt.training.export import export_run
+from hqlt.training.journal import METRICS, read_metrics
+from hqlt.training.language import LanguageRecipe
+from hqlt.training.loop import Interrupted
+from hqlt.training.optimizer import make_adamw, scheduled_rate
+from hqlt.training.pretraining import Watch, pretrain
+from hqlt.training.snapshots import complete
+from tests.data.corpora import documents, shards_of
+from tests.training.language_runs import (
+    MEMORY,
+    STOPPED,
+    finish,
+    kill,
+    recipe,
+    run,
+    shards,
+    start,
+    steps_done,
+    untimed,
+)  # fmt: skip
+
+ALONE = World(0, 1, 1, torch.device("cpu"))
+QUIET = Watch(log_every=1, save_every=3, tensorboard=False)
+ONE = Engine(micro_batch=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus")
+    shards(path)
+    return path
+
+
+@pytest.fixture
+def data(folder):
+    return TokenShards.open(folder / "tokens")
+
+
+def by_hand(made: LanguageRecipe, data) -> tuple[list[float], LanguageModel]:
+    """Losses of a plain loop over whole batches, and the model."""
+    model = made.build()
+    optimizer = make_adamw(model, made.training)
+    loader = Loader(data, length=made.length, batch_size=made.batch_size, packing=made.packing, seed=made.training.seed)
+    state, losses = None, []
+    for step in range(made.training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = scheduled_rate(step, made.training)
+        batch = loader.batch(step)
+        before = None if batch.fresh else state
+        hidden, state = model.hidden_states(batch.input_ids, before, cu_seqlens=batch.cu_seqlens)
+        state = state.detach() if made.packing == "lanes" else None
+        used = batch.targets != -100
+        loss = torch.nn.functional.cross_entropy(model.head(hidden)[used], batch.targets[used])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), made.training.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 9])
+@pytest.mark.parametrize("packing", ["concatenated", "isolated", "lanes"])
+def test_a_run_is_a_loop_by_hand(tmp_path, data, packing, micro_batch):
+    made = recipe(packing=packing)
+    rows = pretrain(made, data, None, tmp_path, ALONE, Engine(micro_batch=micro_batch), QUIET)
+    losses, model = by_hand(made, data)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, abs=1e-11)
+    saved = load_model(tmp_path / "model").state_dict()
+    for name, x in model.state_dict().items():
+        assert torch.allclose(saved[name], x, rtol=1e-8, atol=1e-9), name
+
+
+def test_lanes_carry_both_memories_over_an_epoch(data):
+    """The mean over rows with carried memories is that of whole lanes read at once, so nothing is cut but gradients."""
+    made = recipe(packing="lanes")
+    loader = Loader(data, length=made.length, batch_size=made.batch_size, packing="lanes")
+    model = made.build()
+    steps = loader.num_rows // made.batch_size
+    assert steps > 5
+    assert [loader.batch(step).fresh for step in range(steps + 1)] == [True] + [False] * (steps - 1) + [True]
+    with torch.no_grad():
+        state, parts = None, []
+        for step in range(steps):
+            hidden, state = model.hidden_states(loader.batch(step).input_ids, state)
+            parts.append(hidden)
+        lanes = torch.cat([loader.batch(step).input_ids for step in range(steps)], 1)
+        assert torch.allclose(torch.cat(parts, 1), model.hidden_states(lanes)[0], atol=1e-11)
+
+
+@pytest.mark.parametrize("change", [
+    {"activation_checkpointing": True},
+    {"compile": True},
+])  # fmt: skip
+def test_what_makes_it_fast_changes_nothing(tmp_path, data, change):
+    made = recipe(steps=3)
+    with pytest.MonkeyPatch.context() as patch:
+        compiled: list[object] = []
+        patch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+        rows = pretrain(made, data, None, tmp_path, ALONE, Engine(micro_batch=2, **change), QUIET)
+    assert len(compiled) == (2 if "compile" in change else 0)
+    assert [row["loss"] for row in rows] == pytest.approx(by_hand(made, data)[0], abs=1e-11)
+
+
+def test_the_evaluation_is_the_sum_over_all_held_out_tokens(tmp_path, data):
+    made = recipe(steps=8)
+    row = pretrain(made, data, data, tmp_path, ALONE, Engine(micro_batch=3), QUIET)[-1]
+    model = load_model(tmp_path / "model")
+    nats = count = 0.0
+    for batch in rows_for_evaluation(data, made.length, rows_per_batch=1):
+        used = batch.targets != -100
+        logits = model(batch.input_ids)[0][used]
+        nats += torch.nn.functional.cross_entropy(logits, batch.targets[used], reduction="sum").item()
+        count += int(used.sum())
+    bits = nats / count / 0.6931471805599453
+    assert count == data.num_tokens - 1
+    assert row["bits_per_token"] == pytest.approx(bits, rel=1e-6)
+    assert row["bits_per_byte"] == pytest.approx(bits * data.num_tokens / data.num_bytes, rel=1e-6)
+
+
+@pytest.mark.parametrize(("packing", "parallel"), [
+    ("concatenated", "fsdp"), ("lanes", "fsdp"), ("isolated", "ddp"), ("lanes", "hsdp"),
+])  # fmt: skip
+def test_two_processes_are_one(tmp_path, folder, packing, parallel):
+    made = recipe(packing=packing)
+    one = run(folder, tmp_path / "one", made)
+    two = run(folder, tmp_path / "two", made, 2, engine={"micro_batch": 1, "parallel": parallel})
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=1e-9)
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], abs=1e-9)
+    for name in ("bits_per_token", "bits_per_byte"):
+        assert two[-1][name] == pytest.approx(one[-1][name], abs=1e-9)
+    weights = [load_model(tmp_path / name / "model").state_dict() for name in ("one", "two")]
+    assert all(torch.allclose(x, weights[1][name], atol=1e-9) for name, x in weights[0].items())
+
+
+def test_sharded_blocks_may_compute_their_activations_again(tmp_path, folder):
+    made = recipe(steps=4)
+    engine = {"micro_batch": 1, "activation_checkpointing": True}
+    rows = run(folder, tmp_path / "two", made, 2, engine=engine)
+    one = run(folder, tmp_path / "one", made)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
+
+
+def test_bfloat16_over_two_processes_stays_near_float32(tmp_path, folder):
+    exact = run(folder, tmp_path / "one", recipe(precision="float32", learning_rate=1e-3))
+    rows = run(folder, tmp_path / "two", recipe(precision="bfloat16", learning_rate=1e-3), 2)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in exact], rel=5e-3)
+    assert rows[-1]["loss"] != exact[-1]["loss"]
+    assert load_model(tmp_path / "two" / "model").embedding.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 4)])
+def test_a_run_goes_on_with_other_processes(tmp_path, folder, sizes):
+    made = recipe(packing="lanes")
+    whole = run(folder, tmp_path / "whole", made)
+    before, after = sizes
+    processes = start(folder, tmp_path / "run", made, before)
+    while steps_done(tmp_path / "run") < 7 and any(p.is_alive() for p in processes):
+        time.sleep(0.005)
+    kill(processes)
+    assert complete(tmp_path / "run")
+    rows = run(folder, tmp_path / "run", made, after)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], abs=1e-9)
+
+
+def survive(folder: Path, tmp_path: Path, size: int, moments: int, packing: str) -> int:
+    """Kill a run at random moments until it has lived through so many; how many it did not survive."""
+    made = recipe(packing=packing, precision="float32")
+    expected = untimed(run(folder, tmp_path / "whole", made, size))
+    generator, killed, round_ = random.Random(size), 0, 0
+    while killed < moments:
+        output, round_ = tmp_path / f"run{round_}", round_ + 1
+        while killed < moments:
+            processes = start(folder, output, made, size)
+            wanted = steps_done(output) + generator.randrange(1, 8)
+            while steps_done(output) < wanted and any(p.is_alive() for p in processes):
+                time.sleep(0.001)
+            time.sleep(generator.random() * 0.02)
+            if not any(p.is_alive() for p in processes):
+                break
+            kill(processes)
+            killed += 1
+        assert untimed(run(folder, output, made, size)) == expected
+    return killed
+
+
+@pytest.mark.parametrize(("size", "moments", "packing"), [(1, 6, "lanes"), (2, 3, "concatenated")])
+def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, folder, size, moments, packing):
+    assert survive(folder, tmp_path, size, moments, packing) == moments
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["concatenated", "lanes"])
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_run_survives_twenty_kills(tmp_path, folder, size, packing):
+    assert survive(folder, tmp_path, size, 20, packing) == 20
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_request_to_stop_saves(tmp_path, folder, size):
+    made = recipe(steps=200, precision="float32")
+    processes = start(folder, tmp_path / "run", made, size, watch={"save_every": 1000})
+    while steps_done(tmp_path / "run") < 5 and all(p.is_alive() for p in processes):
+        time.sleep(0.005)
+    os.kill(processes[0].pid, signal.SIGTERM)  # one is enough
+    assert finish(processes) == [STOPPED] * size
+    (saved,) = complete(tmp_path / "run")
+    assert int(saved.name[5:]) == steps_done(tmp_path / "run") >= 5
+    rows = run(folder, tmp_path / "run", made, size, watch={"save_every": 1000})
+    assert untimed(rows) == untimed(run(folder, tmp_path / "whole", made, size, watch={"save_every": 1000}))
+
+
+def test_only_the_last_checkpoints_stay_and_what_a_kill_left_goes(tmp_path, data):
+    left = tmp_path / "checkpoints" / ".step-00000002"
+    left.mkdir(parents=True)
+    (left / "part").write_text("unfinished")
+    pretrain(recipe(), data, None, tmp_path, ALONE, ONE, dataclasses.replace(QUIET, keep=3))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000015", "step-00000018", "step-00000020"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypatch):
+    """What is saved is the state at the call, however much later it reaches the disk."""
+    run_ = pretraining._Run(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    before = {name: x.clone() for name, x in run_.module.state_dict().items()}
+    moved = snapshots.async_save
+
+    def slow(*arguments, **options):
+        future = moved(*arguments, **options)
+        with torch.no_grad():
+            for p in run_.module.parameters():
+                p.add_(1)
+        return future
+
+    monkeypatch.setattr(snapshots, "async_save", slow)
+    with known_warnings():
+        run_._save()
+        run_.snapshots.wait()
+    saved = snapshots.read_weights(complete(tmp_path)[-1])
+    assert all(torch.equal(saved[name], x) for name, x in before.items())
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, data, monkeypatch):
+    made = recipe(steps=12, most_skipped=2)
+    norm, calls = torch.nn.utils.get_total_norm, []
+
+    def broken(tensors, *arguments):
+        calls.append(1)
+        return torch.tensor(float("nan")) if len(calls) in (3, 4, 7) else norm(tensors, *arguments)
+
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", broken)
+    moved: list[int] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **b: (moved.append(len(calls)), step(*a, **b)))
+    rows = pretrain(made, data, None, tmp_path, ALONE, ONE, QUIET)
+    assert moved[-9:] == [1, 2, 5, 6, 8, 9, 10, 11, 12]
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+    # The schedule goes on over skipped steps.
+    assert [row["learning_rate"] for row in rows] == [scheduled_rate(n, made.training) for n in range(12)]
+
+
+def test_too_many_of_them_end_the_run(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *_: torch.tensor(float("inf")))
+    with pytest.raises(FloatingPointError, match="the gradients of 3 steps in a row up to step 3 are not finite"):
+        pretrain(recipe(most_skipped=2), data, None, tmp_path, ALONE, ONE, QUIET)
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path, data):
+    pretrain(recipe(steps=2), data, None, tmp_path, ALONE, ONE, QUIET)
+    before = (tmp_path / METRICS).read_bytes()
+    with pytest.raises(ValueError, match=r"another recipe, which differs in recipe.length \(10, now 12\)"):
+        pretrain(recipe(steps=2, length=12), data, None, tmp_path, ALONE, ONE, QUIET)
+    other = dataclasses.replace(MEMORY, window=4)
+    with pytest.raises(ValueError, match=r"recipe.model.memory.window \(3, now 4\)"):
+        pretrain(recipe(steps=2, memory=other), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert (tmp_path / METRICS).read_bytes() == before
+
+
+def test_other_tokens_are_refused(tmp_path, data):
+    pretrain(recipe(steps=2), data, None, tmp_path, ALONE, ONE, QUIET)
+    (tmp_path / "others").mkdir()
+
+    with pytest.raises(ValueError, match=r"differs in tokens"):
+        pretrain(
+            recipe(steps=2), shards_of(documents(30, 60, 1), tmp_path / "others"), None, tmp_path, ALONE, ONE, QUIET
+        )
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, data):
+    pretrain(recipe(steps=6), data, None, tmp_path, ALONE, ONE, QUIET)
+    (newest,) = [path for path in complete(tmp_path) if path.name.endswith("06")]
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-00000006 is damaged .*delete it to go on from the one before"):
+        pretrain(recipe(steps=6), data, None, tmp_path, ALONE, ONE, QUIET)
+    with pytest.raises(ValueError, match=r"step-00000006 is damaged"):
+        export_run(tmp_path, tmp_path / "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_full_disk_loses_nothing(tmp_path, data, monkeypatch):
+    from torch.distributed.checkpoint import filesystem
+
+    failed: list[int] = []
+    written = filesystem._write_item
+
+    def write(*arguments, **options):
+        if complete(tmp_path) and not failed:
+            failed.append(1)
+            raise OSError(28, "No space left on device")
+        return written(*arguments, **options)
+
+    monkeypatch.setattr(filesystem, "_write_item", write)
+    with pytest.raises(OSError, match=r"cannot write a checkpoint into .*No space left on device"):
+        pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000003"]
+    rows = pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"packing": "rows"}, "packing='rows' is unknown; choose one of concatenated, isolated, lanes"),
+    ({"precision": "fp8"}, "precision='fp8' is unknown"),
+    ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+    ({"packing": "lanes", "memory": dataclasses.replace(MEMORY, window=None)}, "a KV memory without a window would"),
+])  # fmt: skip
+def test_bad_recipes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        recipe(**changes)
+
+
+def test_what_does_not_fit_is_refused(tmp_path, data):
+    small = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, vocab_size=100))
+    with pytest.raises(ValueError, match="have 256 token ids but the model 100"):
+        pretrain(small, data, None, tmp_path, ALONE, ONE, QUIET)
+    with pytest.raises(ValueError, match="length=100000 and a last target need 100001 tokens"):
+        pretrain(recipe(length=100_000), data, None, tmp_path, ALONE, ONE, QUIET)
+    with pytest.raises(ValueError, match="batch_size=4 rows cannot be shared by 3 processes; choose a multiple of 3"):
+        pretrain(recipe(), data, None, tmp_path, World(0, 3, 3, torch.device("cpu")), ONE, QUIET)
+    assert not (tmp_path / "recipe.json").exists()
+
+
+def test_a_run_becomes_a_model_of_transformers(tmp_path, folder):
+    run(folder, tmp_path / "run", recipe(steps=6, precision="float32"), 2)
+    said = export_run(tmp_path / "run", tmp_path / "model")
+    assert "parameters of step-00000006 written to" in said
+    ours = load_model(tmp_path / "run" / "model")
+    from hqlt import HQLTForCausalLM
+
+    theirs = HQLTForCausalLM.from_pretrained(tmp_path / "model").eval()
+    ids = torch.randint(256, (2, 9))
+    assert torch.allclose(theirs(input_ids=ids).logits, ours(ids)[0], atol=1e-6)
+    with pytest.raises(FileNotFoundError, match="holds no complete checkpoint yet"):
+        export_run(tmp_path, tmp_path / "other")
+
+
+def test_tensorboard_has_the_curves(tmp_path, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    watch = dataclasses.replace(
+        QUIET, tensorboard=True, sample_every=4, sample=lambda model: "said", peak_flops=1e9, flops_per_token=1e3
+    )
+    rows = pretrain(recipe(steps=8), data, data, tmp_path, ALONE, ONE, watch)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
+    assert {"bits_per_byte", "mfu", "tokens_per_second", "gradient_norm"} <= set(events.Tags()["scalars"])
+    assert (tmp_path / "samples.txt").read_text() == "--- step 4\nsaid\n--- step 8\nsaid\n"
+    for row in rows:
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 1e3 / 1e9, rel=0.02, abs=2e-4)
+
+
+def test_an_interruption_in_this_process_saves(tmp_path, data, monkeypatch):
+    advance = pretraining._Run._advance
+
+    def stop(self):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    monkeypatch.setattr(pretraining._Run, "_advance", stop)
+    with pytest.raises(Interrupted, match="stopped at step 5 of 20; run the same command to go on"):
+        pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    monkeypatch.undo()
+    rows = pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
+    assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["length"] == 10
+    assert read_metrics(tmp_path / METRICS) == rows
