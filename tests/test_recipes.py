@@ -4,7 +4,7 @@ import pytest
 
 from hqlt import ModelConfig
 from hqlt.recipes import MODELS, PRESETS, expressivity, quickstart_parity, quickstart_text
-from hqlt.recipes.expressivity import parameters
+from hqlt.recipes.matching import parameters
 from hqlt.tasks import TASKS
 
 QUICKSTART = {

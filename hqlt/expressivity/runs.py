@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from hqlt.models.language_model import LanguageModel
-from hqlt.recipes.expressivity import expressivity, parameters
+from hqlt.recipes.expressivity import expressivity
+from hqlt.recipes.matching import parameters
 from hqlt.results import Row, provenance
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import SyntheticTask, accuracy_by_size, random_numbers

@@ -10,10 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-import torch
-
 from hqlt.config import MemoryConfig, ModelConfig
-from hqlt.models.language_model import LanguageModel
+from hqlt.recipes.matching import matched
 from hqlt.tasks import TASKS
 from hqlt.training.config import Curriculum, TrainingConfig
 from hqlt.training.synthetic import SyntheticRecipe
@@ -123,7 +121,7 @@ def expressivity(
         bands = task.bands(trained[0], bands[0][0] - 1, 2) + bands
     recipe = SyntheticRecipe(
         task=setting.task,
-        model=_matched(config, setting.model),
+        model=matched(config, setting.model),
         training=replace(setting.training, learning_rate=rate, seed=seed),
         batch_size=setting.batch_size,
         trained=trained,
@@ -149,19 +147,6 @@ def _with_memories(model: ModelConfig, memories: tuple[MemoryConfig, ...]) -> Mo
     """The model with other memories, which may have no β to draw."""
     has_beta = any(memory.update_rule in ("delta", "gated_delta") for memory in memories)
     return replace(model, memory=memories, beta_initializer_range=model.beta_initializer_range if has_beta else None)
-
-
-def parameters(config: ModelConfig) -> int:
-    """Trained numbers of a model."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in LanguageModel(config).parameters())
-
-
-def _matched(config: ModelConfig, target: ModelConfig) -> ModelConfig:
-    """The configuration with the MLP width that comes nearest to the target's number of parameters."""
-    per_unit = 3 * config.hidden_size * config.num_hidden_layers  # SwiGLU: up, gate and down
-    more = round((parameters(target) - parameters(config)) / per_unit)
-    return replace(config, hidden_ratio=4.0, intermediate_size=target.mlp_size + more)
 
 
 _CPU_MEMORY = MemoryConfig(

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from hqlt.config import MemoryConfig, ModelConfig
+from hqlt.recipes.matching import matched
 from hqlt.training.config import TrainingConfig
 from hqlt.training.language import LanguageRecipe
 
@@ -76,33 +77,33 @@ def _paper(size: str, change: Change, vocab_size: int | None = None) -> Language
 
 
 _CPU_MEMORY = MemoryConfig(hidden_size=128, num_heads=2, window=64)
-CPU_MODELS: dict[str, tuple[Change, int]] = {
-    # The vector gate of the mixer costs D² parameters a layer; models without it get them back in the MLP.
-    "transformer": (_memory(update_rule=None, window=None), 43),
-    "deltanet": (_memory(kv_memory=False, window=None), 43),
-    "delayed_streaming": (_memory(schedule="delayed_streaming"), 0),
-    "delayed_chunk": (_memory(schedule="delayed_chunk"), 0),
-    "synchronous": (_memory(), 0),
+CPU_MODELS: dict[str, Change] = {
+    "transformer": _memory(update_rule=None, window=None),
+    "deltanet": _memory(kv_memory=False, window=None),
+    "delayed_streaming": _memory(schedule="delayed_streaming"),
+    "delayed_chunk": _memory(schedule="delayed_chunk"),
+    "synchronous": _memory(),
+}
+CPU_ABLATIONS: dict[str, Change] = {
+    "synchronous_sum": _memory(mixer="sum"),
+    "synchronous_dynamic_scalar": _memory(mixer="dynamic_scalar"),
+    "synchronous_nope": _memory(position_encoding="none"),
+    **{f"synchronous_window_{window}": _memory(window=window) for window in (16, 32, 128, 256)},
+    **{f"overlap_{delay}": _memory(schedule="overlap", delay=delay) for delay in (16, 32, 48)},
 }
 
 
-def cpu(model: str = "synchronous", vocab_size: int = 256, **memory: object) -> LanguageRecipe:
-    """About a million parameters beside the embedding, for hours of two cores at most.
-
-    Args:
-        model: name in :data:`CPU_MODELS`.
-        vocab_size: of the data.
-        memory: changes of the memory, for ablations.
-    """
-    change, wider = CPU_MODELS[model]
-    config = ModelConfig(
-        vocab_size=vocab_size,
-        num_hidden_layers=4,
-        memory=replace(change(_CPU_MEMORY), **memory),  # type: ignore[arg-type]
-        intermediate_size=448 + wider,
-    )
+def _cpu(change: Change, vocab_size: int = 256) -> LanguageRecipe:
+    """A million parameters beside embedding and head, the same for all by the width of the MLP."""
+    config = ModelConfig(vocab_size=vocab_size, num_hidden_layers=4, memory=_CPU_MEMORY, intermediate_size=448)
     training = TrainingConfig(steps=1000, learning_rate=3e-3, warmup_steps=50, evaluate_every=100)
-    return LanguageRecipe(model=config, training=training, batch_size=8, length=512, precision="float32")
+    return LanguageRecipe(
+        model=matched(replace(config, memory=change(_CPU_MEMORY)), config),
+        training=training,
+        batch_size=8,
+        length=512,
+        precision="float32",
+    )
 
 
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageRecipe]] = {
@@ -110,7 +111,7 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageRecipe]] = {
         f"{size}_{name}": partial(_paper, size, change) for size in PAPER_SIZES for name, change in PAPER_MODELS.items()
     },
     **{f"340m_{name}": partial(_paper, "340m", change) for name, change in _ABLATIONS.items()},
-    **{f"cpu_{name}": partial(cpu, name) for name in CPU_MODELS},
+    **{f"cpu_{name}": partial(_cpu, change) for name, change in (CPU_MODELS | CPU_ABLATIONS).items()},
 }
 """Recipes by name; each takes ``vocab_size``, which for those of the paper is 32,000 by default."""
 

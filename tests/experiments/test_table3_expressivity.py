@@ -14,7 +14,7 @@ import torch
 from hqlt.expressivity import figures, live_table, merge, selected, summary_table, tables
 from hqlt.expressivity.tables import UNSELECTED
 from hqlt.recipes import MODELS, PRESETS
-from hqlt.recipes.expressivity import parameters
+from hqlt.recipes.matching import parameters
 from hqlt.results import read_rows
 from hqlt.training import Job, loop, sweep
 from hqlt.training.sweep import finished_rows

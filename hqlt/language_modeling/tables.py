@@ -1,0 +1,89 @@
+"""Tables and figures, from the rows that runs wrote."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import TYPE_CHECKING
+
+from hqlt.analysis.report import plot_curves
+from hqlt.recipes.language_model import CPU_ABLATIONS, LANGUAGE_MODELS
+from hqlt.results import Row, Summary, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Key = tuple[str, str, int]
+ABLATIONS = tuple(f"cpu_{name}" for name in CPU_ABLATIONS)
+
+
+def merge(old: list[Row], new: list[Row]) -> list[Row]:
+    """Rows with those of the same model, data and seed replaced."""
+    runs = {_key(row): row for row in [*old, *new]}
+    return sorted(runs.values(), key=lambda row: (list(LANGUAGE_MODELS).index(row["model"]), row["seed"]))
+
+
+def _key(row: Row) -> Key:
+    return (row["model"], row["config"]["tokens"]["train"], row["seed"])
+
+
+def tables(rows: list[Row]) -> dict[str, str]:
+    """A table of the models, and one of what is changed in the synchronous one."""
+    return {name: _table(of) for name, of in _groups(rows).items()}
+
+
+def live_table(rows: list[Row]) -> str:
+    """What there is so far, for a terminal."""
+    return _table(rows)
+
+
+def _table(rows: list[Row]) -> str:
+    lines = []
+    for model, found in _by_model(rows).items():
+        config = found[0]["config"]
+        carried = [row["carried"] for row in found if row["carried"] is not None]
+        lines.append({
+            "model": model,
+            "bits per byte": _shown([row["value"] for row in found]),
+            "memories carried": _shown(carried) if carried else "–",
+            "validation": _shown([row["validation"] for row in found]),
+            "seeds": str(len(found)),
+            "parameters": f"{config['parameters']:,}",
+            "without embedding": f"{config['non_embedding']:,}",
+            "state KiB": f"{config['state_kib']:,.0f}",
+            "tokens/s": f"{median(row['tokens_per_second'] for row in found):,.0f}",
+        })  # fmt: skip
+    return markdown_table(lines)
+
+
+def _by_model(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["model"]].append(row)
+    return found
+
+
+def _shown(values: list[float]) -> str:
+    """Median and the largest distance from it."""
+    summary = Summary.of(values)
+    return f"{summary.median:.3f} ± {max(summary.best - summary.median, summary.median - summary.worst):.3f}"
+
+
+def figures(rows: list[Row]) -> dict[str, Figure]:
+    """Validation while training: the median over the seeds of every model."""
+    made = {}
+    for name, of in _groups(rows).items():
+        curves = {}
+        for model, found in _by_model(of).items():
+            points = zip(*(row["curve"] for row in found), strict=True)
+            curves[model] = [(at[0][0], median(y for _, y in at)) for at in points]
+        made[f"{name}_learning"] = plot_curves(curves, "step", "bits per byte, validation")
+    return made
+
+
+def _groups(rows: list[Row]) -> dict[str, list[Row]]:
+    groups = {
+        "models": [row for row in rows if row["model"] not in ABLATIONS],
+        "ablations": [row for row in rows if row["model"] in (*ABLATIONS, "cpu_synchronous")],
+    }
+    return {name: of for name, of in groups.items() if of}
