@@ -72,7 +72,7 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
     group.add_argument("--save-every", type=int, default=1000, metavar="STEPS", help="checkpoints (default: 1000)")
     group.add_argument("--keep", type=int, default=2, help="checkpoints that stay (default: 2)")
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="rows of metrics (default: 10)")
-    group.add_argument("--evaluate-rows", type=int, help="held-out rows of an evaluation (default: all)")
+    group.add_argument("--evaluate-rows", type=int, help="the most held-out rows of an evaluation (default: all)")
     group.add_argument("--sample-every", type=int, metavar="STEPS", help="texts that the model writes (default: none)")
     group.add_argument("--prompt", default="The ", help="of these texts (default: %(default)r)")
     group.add_argument("--peak-tflops", type=float, help="of a device, where it is not known (for the MFU)")
@@ -94,6 +94,7 @@ def train_lm(options: argparse.Namespace) -> int:
     for name in ("devices", "utilisation"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} belongs to --dry-run; leave it out (torchrun sets the number of devices)")
+    _recipe(options, None)  # refuses here what it would refuse after the data are open
     if options.data is None:
         raise ValueError("--data is missing: a folder that `hqlt data prepare` has written")
     try:

@@ -4,8 +4,10 @@ import pytest
 
 from hqlt import ModelConfig
 from hqlt.recipes import MODELS, PRESETS, expressivity, quickstart_parity, quickstart_text
+from hqlt.recipes.language_model import CPU_ABLATIONS, LANGUAGE_MODELS, language_model
 from hqlt.recipes.matching import parameters
 from hqlt.tasks import TASKS
+from hqlt.training.language import LanguageRecipe
 
 QUICKSTART = {
     "text": quickstart_text().models,
@@ -165,3 +167,91 @@ def test_the_paper_preset_is_the_published_one():
         assert training.schedule_steps == schedule
         assert (setting.trained, setting.tested) == ((3, 40), (40, 256))
         assert set(setting.learning_rates) == {5e-3, 1e-3, 5e-4, 1e-4}
+
+
+# Language models
+
+# Exact numbers of parameters of the published models with a vocabulary of 32,000.
+PUBLISHED = {
+    "340m_transformer": 373_867_520,
+    "340m_deltanet": 374_067_200,
+    "340m_delayed_streaming": 399_233_024,
+    "340m_delayed_chunk": 399_233_024,
+    "340m_synchronous": 399_233_024,
+    "340m_synchronous_nope": 399_233_024,
+    "340m_synchronous_sum": 374_067_200,
+    "340m_synchronous_dynamic_scalar": 374_460_416,
+    "340m_synchronous_window_1024": 399_233_024,
+    "1.3b_transformer": 1_364_297_728,
+    "1.3b_deltanet": 1_365_087_232,
+    "1.3b_synchronous": 1_465_750_528,
+}
+LARGE = [name for name in LANGUAGE_MODELS if not name.startswith("cpu_")]
+SMALL = [name for name in LANGUAGE_MODELS if name.startswith("cpu_")]
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
+def test_published_models_have_their_parameters(name, count):
+    assert parameters(language_model(name).model) == count
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_published_runs_are_those_of_the_paper(name):
+    recipe = language_model(name)
+    training = recipe.training
+    assert (training.steps, training.warmup_steps, training.learning_rate) == (28_672, 1024, 1e-3)
+    assert (training.betas, training.epsilon, training.weight_decay, training.decay) == ((0.9, 0.95), 1e-15, 0.1, "all")
+    assert (training.final_learning_rate, training.clip, recipe.precision) == (0.1, 1.0, "bfloat16")
+    tokens = 16_441_671_680 if name.startswith("1.3b") else 15_032_385_536
+    assert training.steps * recipe.tokens_per_step == tokens
+    assert recipe.packing == "concatenated"
+    for memory in recipe.model.memories:
+        delta = memory.update_rule == "delta" and memory.kv_memory
+        assert memory.allow_negative_eigenvalues == delta  # the published DeltaNet keeps β below 1
+        assert not memory.short_convolution
+        assert not memory.output_gate
+        assert memory.num_heads == recipe.model.hidden_size // (64 if memory.update_rule is None else 128)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_models_have_one_size(name):
+    recipe = language_model(name, 2048)
+    count = parameters(recipe.model)
+    assert abs(count / parameters(language_model("cpu_synchronous", 2048).model) - 1) < 0.005
+    assert recipe.model.vocab_size == 2048
+    assert LanguageRecipe(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}) == recipe
+
+
+def test_ablations_change_one_thing():
+    base = language_model("cpu_synchronous").model.memories[0]
+    changed = {
+        name: {
+            f.name for f in dataclasses.fields(base)
+            if getattr(language_model(f"cpu_{name}").model.memories[0], f.name) != getattr(base, f.name)
+        }
+        for name in CPU_ABLATIONS
+    }  # fmt: skip
+    assert {name: fields for name, fields in changed.items() if len(fields) > 1} == {
+        f"overlap_{delay}": {"schedule", "delay"} for delay in (16, 32, 48)
+    }
+    assert all(changed.values())
+
+
+def test_a_recipe_of_ones_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from hqlt.recipes.language_model import language_model\n"
+        "def wide(vocab_size=256):\n    return language_model('cpu_deltanet', vocab_size).scaled(length=64)\n"
+        "def wrong(vocab_size=256):\n    return 3\n"
+    )
+    recipe = language_model(f"{path}:wide", 300)
+    assert (recipe.length, recipe.model.vocab_size, recipe.model.memories[0].kv_memory) == (64, 300, False)
+    for name, match in (
+        (f"{path}:wrong", "returned int, not a LanguageRecipe"),
+        (f"{path}:other", "has no function 'other'"),
+        ("350m", "'350m' is no recipe; choose one of 340m_transformer"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            language_model(name)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        language_model(f"{tmp_path}/none.py:wide")

@@ -45,7 +45,7 @@ class Watch:
         log_every: steps between rows of the metrics.
         save_every: steps between checkpoints; one more follows the last step.
         keep: checkpoints that stay.
-        evaluate_rows: held-out rows of an evaluation; None: all.
+        evaluate_rows: the most held-out rows of an evaluation; None: all.
         sample_every: steps between texts that the model writes; None: it writes none.
         sample: writes one with a model in evaluation mode.
         peak_flops: of a device, for the share that is used (MFU); None: unknown.
@@ -322,8 +322,10 @@ class _Run:
         """Bits per token and per byte of the held-out rows, shared by the processes."""
         recipe, world = self.recipe, self.world
         packing = "isolated" if recipe.packing == "isolated" else "concatenated"
+        most = -(-(shards.num_tokens - 1) // recipe.length)
+        count = None if self.watch.evaluate_rows is None else min(most, self.watch.evaluate_rows)
         rows = rows_for_evaluation(
-            shards, recipe.length, self.watch.evaluate_rows, rows_per_batch=self.engine.micro_batch, packing=packing
+            shards, recipe.length, count, rows_per_batch=self.engine.micro_batch, packing=packing
         )
         sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
         self.module.eval()
