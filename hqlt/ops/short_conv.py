@@ -23,7 +23,8 @@ def short_convolution(x: Tensor, weight: Tensor, past: Tensor, borders: list[int
     """
     taps = weight.shape[-1]
     if borders is None:
-        return F.conv1d(torch.cat([past, x], 1).mT, weight, groups=x.shape[-1]).mT
+        # Contiguous, or attention over it would fall back to a path that keeps T × T weights.
+        return F.conv1d(torch.cat([past, x], 1).mT, weight, groups=x.shape[-1]).mT.contiguous()
     pieces = [x[0, a:b] for a, b in pairwise(borders)]
     joined = torch.cat([part for n, piece in enumerate(pieces) for part in (past[n], piece)])
     y = F.conv1d(joined.T[None], weight, groups=x.shape[-1])[0].T

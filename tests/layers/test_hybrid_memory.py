@@ -388,3 +388,17 @@ def test_a_call_leaves_its_state_and_input_as_they_are():
     assert torch.equal(x, copy)
     for name, tensor in state.tensors().items():
         assert torch.equal(tensor, before.tensors()[name])
+
+
+@pytest.mark.parametrize("update_rule", [None, "delta"])
+def test_a_convolution_keeps_attention_from_storing_its_weights(update_rule):
+    memory = MemoryConfig(hidden_size=16, window=None, short_convolution=True, update_rule=update_rule)
+    layer, length, saved = HybridMemory(memory), 300, []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        layer(torch.randn(1, length, 16))
+    assert max(saved) < length**2
