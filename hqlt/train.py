@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,7 +77,9 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
     group.add_argument("--sample-every", type=int, metavar="STEPS", help="texts that the model writes (default: none)")
     group.add_argument("--prompt", default="The ", help="of these texts (default: %(default)r)")
     group.add_argument("--peak-tflops", type=float, help="of a device, where it is not known (for the MFU)")
-    group.add_argument("--no-tensorboard", dest="tensorboard", action="store_false", help="metrics.jsonl only")
+    group.add_argument(
+        "--tensorboard", action=argparse.BooleanOptionalAction, help="write for TensorBoard (default: if installed)"
+    )
     group.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
 
 
@@ -166,7 +169,7 @@ def _train(options: argparse.Namespace) -> None:
             sample=_writer(data, options.prompt, recipe.training.seed) if options.sample_every else None,
             peak_flops=peak,
             flops_per_token=training_flops(recipe.model, recipe.length).total,
-            tensorboard=options.tensorboard,
+            tensorboard=find_spec("tensorboard") is not None if options.tensorboard is None else options.tensorboard,
             wandb=options.wandb,
         )
         if world.leads:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -135,3 +136,10 @@ def test_bad_options_are_refused(options, message, capsys):
     assert main(["train", "lm", *options]) == 1
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
+
+
+def test_the_dry_run_of_the_document_is_that_of_the_command(capsys):
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    block = re.search(r"\$ hqlt (train lm .*)\n((?s:.*?))```", text)
+    assert main(block[1].split()) == 0
+    assert capsys.readouterr().out == block[2]

@@ -81,10 +81,7 @@ def _prepare(options: argparse.Namespace) -> int:
         replace_invalid=options.invalid_utf8 == "replace",
         unit_bytes=options.unit_bytes,
     )
-    try:
-        manifest = prepare(wanted, options.output, options.workers)
-    except ImportError as error:  # a library that is missing is for the person to install
-        raise ValueError(str(error)) from error
+    manifest = prepare(wanted, options.output, options.workers)
     print(_totals(options.output, manifest))
     return 0
 

@@ -5,7 +5,9 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -405,3 +407,30 @@ def test_an_interruption_in_this_process_saves(tmp_path, data, monkeypatch):
     assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
     assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["length"] == 10
     assert read_metrics(tmp_path / METRICS) == rows
+
+
+def test_weights_and_biases_has_the_rows_if_asked(tmp_path, data, monkeypatch):
+    """The service is not at hand; what it is told is noted."""
+    seen: list[tuple[str, object]] = []
+
+    class Service:
+        def log(self, numbers, step):
+            seen.append((step, numbers))
+
+        def finish(self):
+            seen.append(("finished", None))
+
+    def init(**options):
+        seen.append(("began", options))
+        return Service()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    watch = dataclasses.replace(QUIET, wandb="mine")
+    rows = pretrain(recipe(steps=3), data, None, tmp_path, ALONE, ONE, watch)
+    (_, options), *told, last = seen
+    assert (options["project"], options["resume"], options["config"]["length"]) == ("mine", "allow", 10)
+    assert told == [(row["step"], {name: x for name, x in row.items() if name != "step"}) for row in rows]
+    assert last[0] == "finished"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="Weights & Biases is not installed: pip install wandb"):
+        pretrain(recipe(steps=3), data, None, tmp_path / "other", ALONE, ONE, watch)
