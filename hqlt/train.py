@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,16 +77,23 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="rows of metrics (default: 10)")
     group.add_argument("--evaluate-rows", type=int, help="the most held-out rows of an evaluation (default: all)")
     group.add_argument("--sample-every", type=int, metavar="STEPS", help="texts that the model writes (default: none)")
-    group.add_argument("--prompt", default="The ", help="of these texts (default: %(default)r)")
-    group.add_argument("--peak-tflops", type=float, help="of a device, where it is not known (for the MFU)")
+    group.add_argument("--prompt", help="of these texts (default: 'The ')")
+    group.add_argument("--peak-tflops", type=_positive, help="of a device, where it is not known (for the MFU)")
     group.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, help="write for TensorBoard (default: if installed)"
     )
     group.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases too")
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
+    return value
+
+
 def train_lm(options: argparse.Namespace) -> int:
-    """Run the command; an interruption after which everything is saved is a success."""
+    """Run the command. To have saved because SIGTERM asked for it is a success: who sends it starts the run again."""
     from hqlt.recipes.language_model import LANGUAGE_MODELS
     from hqlt.training.loop import Interrupted
 
@@ -97,22 +106,28 @@ def train_lm(options: argparse.Namespace) -> int:
     for name in ("devices", "utilisation"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} belongs to --dry-run; leave it out (torchrun sets the number of devices)")
-    _recipe(options, None)  # refuses here what it would refuse after the data are open
+    for name, needed in (("evaluate_rows", "held_out"), ("prompt", "sample_every")):
+        if getattr(options, name) is not None and getattr(options, needed) is None:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without --{needed.replace('_', '-')}")
+    if ".py:" not in options.recipe:
+        _recipe(options, None)  # refuses here what it would refuse after the data are open
     if options.data is None:
         raise ValueError("--data is missing: a folder that `hqlt data prepare` has written")
     try:
         _train(options)
     except Interrupted as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        if stop.signal == signal.SIGINT:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{stop}", file=sys.stderr)
     return 0
 
 
 def _recipe(options: argparse.Namespace, vocab_size: int | None) -> LanguageRecipe:
-    """The recipe with the changes that were asked for; those of the paper keep their vocabulary."""
-    from hqlt.recipes.language_model import PAPER_SIZES, language_model
+    """The recipe with the changes that were asked for."""
+    from hqlt.recipes.language_model import language_model
 
-    paper = options.recipe.startswith(tuple(f"{size}_" for size in PAPER_SIZES))
-    recipe = language_model(options.recipe, None if paper else vocab_size)
+    recipe = language_model(options.recipe, vocab_size)
     given = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
     return recipe.scaled(**given)
 
@@ -127,10 +142,10 @@ def _plan(options: argparse.Namespace) -> str:
         steps=recipe.training.steps,
         batch_size=recipe.batch_size,
         length=recipe.length,
-        devices=options.devices or 1,
-        micro_batch=min(options.micro_batch, max(1, recipe.batch_size // (options.devices or 1))),
+        devices=1 if options.devices is None else options.devices,
+        micro_batch=options.micro_batch,
         activation_checkpointing=options.activation_checkpointing,
-        utilisation=options.utilisation or UTILISATION,
+        utilisation=UTILISATION if options.utilisation is None else options.utilisation,
     )
     return made.describe()
 
@@ -157,7 +172,7 @@ def _train(options: argparse.Namespace) -> None:
         activation_checkpointing=options.activation_checkpointing,
     )
     with join(options.device) as world:
-        peak = options.peak_tflops * 1e12 if options.peak_tflops else None
+        peak = None if options.peak_tflops is None else options.peak_tflops * 1e12
         if peak is None and world.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(world.device))
         watch = Watch(
@@ -180,13 +195,14 @@ def _train(options: argparse.Namespace) -> None:
             print(json.dumps({"output": str(directory), **rows[-1]}))
 
 
-def _writer(data: TokenShards, prompt: str, seed: int) -> Callable[[LanguageModel], str]:
+def _writer(data: TokenShards, prompt: str | None, seed: int) -> Callable[[LanguageModel], str]:
     """What lets a model go on from the prompt, the same way every time."""
     import torch
 
     from hqlt.models.generation import generate
 
     tokenizer = data.tokenizer()
+    prompt = "The " if prompt is None else prompt
     ids = tokenizer.start + tokenizer.encode(prompt)
 
     def write(model: LanguageModel) -> str:

@@ -47,7 +47,7 @@ def test_train_go_on_export_and_speak(here, capsys):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 3, 4, 6]
     assert [row["step"] for row in rows if "bits_per_byte" in row] == [3, 6]
-    assert (folder / "samples.txt").read_text().startswith("--- step 6\nab")
+    assert json.loads((folder / "samples.jsonl").read_text())["text"].startswith("ab")
     assert any((folder / "tensorboard").iterdir())
     assert main(command) == 0  # nothing is left to do
     assert json.loads(capsys.readouterr().out) == last
@@ -128,7 +128,16 @@ def test_a_dry_run_needs_no_data_and_no_memory(name, capsys):
         (["mine.py:tiny", "--data", "tokens", "--micro-batch", "0"], "micro_batch=0 must be at least 1"),
         (["mine.py:tiny", "--data", "tokens", "--save-every", "0"], "save_every=0 must be at least 1"),
         (["mine.py:tiny", "--data", "tokens", "--devices", "2"], "--devices belongs to --dry-run"),
+        (["mine.py:tiny", "--data", "tokens", "--steps", "0"], "steps=0 must be at least 1"),
+        (["mine.py:tiny", "--data", "tokens", "--evaluate-every", "0"], "evaluate_every=0 must be at least 1"),
+        (
+            ["mine.py:tiny", "--data", "tokens", "--evaluate-rows", "9"],
+            "no effect without --held-out",
+        ),
+        (["mine.py:tiny", "--data", "tokens", "--prompt", "a"], "no effect without --sample-every"),
         (["cpu_synchronous", "--dry-run", "--devices", "3"], "batch_size=8 is no multiple of devices=3"),
+        (["cpu_synchronous", "--dry-run", "--devices", "0"], "devices=0"),
+        (["cpu_synchronous", "--dry-run", "--utilisation", "0"], "utilisation=0"),
     ],
 )
 @pytest.mark.usefixtures("here")

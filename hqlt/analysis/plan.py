@@ -52,7 +52,7 @@ class Plan:
     @property
     def accumulation(self) -> int:
         """Micro-batches of an update on each device."""
-        return self.batch_size // (self.micro_batch * self.devices)
+        return -(-self.batch_size // (self.micro_batch * self.devices))
 
     @property
     def total_flops(self) -> float:
@@ -101,15 +101,12 @@ def plan(
     """Plan a training run; see :class:`Plan` for the arguments and :func:`training_seconds` for the utilisation.
 
     Raises:
-        ValueError: a count below 1, a utilisation outside (0, 1], or a batch that devices and micro-batches do not
-            share evenly.
+        ValueError: a count below 1, a utilisation outside (0, 1], or a batch that the devices do not share evenly.
     """
     check_positive(steps=steps, batch_size=batch_size, length=length, micro_batch=micro_batch, devices=devices)
-    if batch_size % (devices * micro_batch):
-        raise ValueError(
-            f"batch_size={batch_size} is no multiple of devices={devices} times micro_batch={micro_batch}; "
-            "change one of them"
-        )
+    if batch_size % devices:
+        raise ValueError(f"batch_size={batch_size} is no multiple of devices={devices}; change one of them")
+    micro_batch = min(micro_batch, batch_size // devices)
     check_utilisation(utilisation)
     memory = training_bytes(
         config,

@@ -69,7 +69,7 @@ def _run(
     """Train one model, or finish that, and test it."""
     data = {name: TokenShards.open(path) for name, path in (("train", train), ("held_out", held_out), ("test", test))}
     world = World(0, 1, 1, torch.device("cpu"))
-    watch = Watch(save_every=50, log_every=50, evaluate_rows=128, tensorboard=False, line=position)
+    watch = Watch(save_every=50, log_every=50, evaluate_rows=128, tensorboard=False, position=position)
     rows = pretrain(recipe, data["train"], data["held_out"], folder, world, Engine(micro_batch=8), watch)
     network = load_model(folder / MODEL)
     seed = recipe.training.seed
@@ -81,7 +81,7 @@ def _run(
             "task": TASK,
             "metric": METRIC,
             "seed": seed,
-            "value": bits_per_byte(network, data["test"], recipe.length),
+            "value": bits_per_byte(network, data["test"], recipe.length, recipe.packing),
             "carried": carried_bits_per_byte(network, data["test"]),
             "validation": rows[-1]["bits_per_byte"],
             "curve": [[row["step"], round(row["bits_per_byte"], 4)] for row in rows if "bits_per_byte" in row],
@@ -105,12 +105,14 @@ def _run(
     ]
 
 
-def bits_per_byte(model: LanguageModel, shards: TokenShards, length: int) -> float:
-    """Of all tokens but the first, in rows of ``length`` that each begin without a past."""
+def bits_per_byte(model: LanguageModel, shards: TokenShards, length: int, packing: str = "concatenated") -> float:
+    """Of all targets, in rows of ``length`` that each begin without a past; documents apart if they are in training."""
     nats = 0.0
     with torch.no_grad():
-        for batch in rows_for_evaluation(shards, length):
-            hidden, _ = model.hidden_states(batch.input_ids)
+        for batch in rows_for_evaluation(
+            shards, length, packing="isolated" if packing == "isolated" else "concatenated"
+        ):
+            hidden, _ = model.hidden_states(batch.input_ids, cu_seqlens=batch.cu_seqlens)
             nats += float(model.target_loss(hidden, batch.targets, 1))
     return nats / math.log(2) / shards.num_bytes
 

@@ -13,18 +13,37 @@ from hqlt.results import Row, Summary, markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Key = tuple[str, str, int]
 ABLATIONS = tuple(f"cpu_{name}" for name in CPU_ABLATIONS)
 
 
 def merge(old: list[Row], new: list[Row]) -> list[Row]:
-    """Rows with those of the same model, data and seed replaced."""
-    runs = {_key(row): row for row in [*old, *new]}
-    return sorted(runs.values(), key=lambda row: (list(LANGUAGE_MODELS).index(row["model"]), row["seed"]))
+    """Rows with those of the same model and seed replaced.
+
+    Raises:
+        ValueError: rows that differ in data or training, which no table can compare.
+    """
+    runs = {(row["model"], row["seed"]): row for row in [*old, *new]}
+    rows = sorted(runs.values(), key=_order)
+    for row in rows:
+        for name, x in _conditions(row).items():
+            if x != _conditions(rows[0])[name]:
+                raise ValueError(
+                    f"{row['model']} was trained with another {name} ({x}) than {rows[0]['model']} "
+                    f"({_conditions(rows[0])[name]}); keep the runs of each in a folder of their own"
+                )
+    return rows
 
 
-def _key(row: Row) -> Key:
-    return (row["model"], row["config"]["tokens"]["train"], row["seed"])
+def _order(row: Row) -> tuple[int, str, int]:
+    names = list(LANGUAGE_MODELS)
+    return (names.index(row["model"]) if row["model"] in names else len(names), row["model"], row["seed"])
+
+
+def _conditions(row: Row) -> dict[str, object]:
+    """What the rows of a table share."""
+    config = row["config"]
+    training = {name: x for name, x in config["training"].items() if name != "seed"}
+    return {name: config[name] for name in ("tokens", "batch_size", "length", "packing", "precision")} | training
 
 
 def tables(rows: list[Row]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hqlt.layers.fixed import FixedSpan
@@ -68,8 +67,8 @@ def read_fw_chunks(
     completed = span.completed(window)
     if completed is None:
         # Every query reads the carried state; gates of 0 leave that state as it is.
-        calm = None if log_decay is None else torch.zeros_like(span.new(log_decay))
-        idle = (torch.zeros_like(span.new(beta)), calm)
+        # Products, not zeros: engines that share gradients need one of every parameter.
+        idle = (0 * span.new(beta), None if log_decay is None else 0 * span.new(log_decay))
         return rule.write_and_read(
             query, span.new(keys), span.new(values), idle, past.fast_weight, span.cu_seqlens, window
         )

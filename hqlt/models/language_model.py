@@ -259,7 +259,9 @@ class LanguageModel(SequenceModel):
         used = targets != IGNORE
         if not bool(used.any()):
             if count is not None:  # a part of a larger batch
-                return 0 * hidden.sum().to(torch.promote_types(hidden.dtype, torch.float32)) / count
+                nothing = hidden.sum() + self.head(hidden[:1, :1]).sum()  # every parameter has a gradient
+                loss: Tensor = 0 * nothing.to(torch.promote_types(hidden.dtype, torch.float32)) / count
+                return loss
             raise ValueError("no token has a target: pass two tokens of one document at least, or targets besides -100")
         hidden, targets = hidden[used], targets[used]
         self._check_range("target", targets)

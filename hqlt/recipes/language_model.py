@@ -19,7 +19,8 @@ from hqlt.training.language import LanguageRecipe
 
 PAPER_VOCABULARY = 32_000
 
-# Section 5 of the paper's appendix and the published code: every parameter decays, and β of DeltaNet ends at 1.
+# The paper's appendix and the published code: every parameter decays, and β of DeltaNet ends at 1. Other than there, a
+# row has as many targets as tokens, not one less, and rows are shuffled instead of documents.
 _PAPER_TRAINING = TrainingConfig(
     steps=28_672,
     learning_rate=1e-3,
@@ -67,7 +68,7 @@ def _paper(size: str, change: Change, vocab_size: int | None = None) -> Language
     width, heads, length = PAPER_SIZES[size]
     memory = change(replace(_PAPER_MEMORY, hidden_size=width, num_heads=heads))
     model = ModelConfig(
-        vocab_size=vocab_size or PAPER_VOCABULARY,
+        vocab_size=max(vocab_size or 0, PAPER_VOCABULARY),
         num_hidden_layers=24,
         memory=memory,
         # The published Transformer++ draws all weights alike.
@@ -117,11 +118,11 @@ LANGUAGE_MODELS: dict[str, Callable[..., LanguageRecipe]] = {
 
 
 def language_model(name: str, vocab_size: int | None = None) -> LanguageRecipe:
-    """The recipe of this name, or that which ``FUNCTION(vocab_size)`` of ``FILE.py:FUNCTION`` returns.
+    """The recipe of this name, or that which ``FUNCTION(vocab_size=…)`` of ``FILE.py:FUNCTION`` returns.
 
     Args:
         name: in :data:`LANGUAGE_MODELS`, or ``FILE.py:FUNCTION``.
-        vocab_size: of the data; None: as the recipe has it.
+        vocab_size: of the data; None: as the recipe has it. A recipe of the paper keeps its own where that is larger.
 
     Raises:
         ValueError: no such recipe, function, or a function that returns something else.

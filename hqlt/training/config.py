@@ -72,5 +72,8 @@ class TrainingConfig:
     curriculum: Curriculum | None = None
 
     def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("evaluate_every", 1), ("warmup_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.decay not in DECAYS:
             raise ValueError(f"decay={self.decay!r} is unknown; choose one of {', '.join(DECAYS)}")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -116,16 +116,19 @@ def join(device: str | None = None) -> Iterator[World]:
 class Engine:
     """How the model is spread and what makes it fast; nothing here changes a result but by rounding.
 
+    In bfloat16 rounding differs between engines: a device of its own and DDP keep the residual stream in float32, FSDP
+    and HSDP gather all parameters in bfloat16 and keep it in bfloat16, as the published runs did.
+
     Attributes:
         parallel: ``fsdp`` shards weights, gradients and optimiser over all devices; ``hsdp`` over those of a machine,
-            with a replica on each; ``ddp`` replicates; ``auto`` is fsdp.
+                with a replica on each; ``ddp`` replicates; ``auto`` is fsdp. A single device has no choice.
         micro_batch: rows that a device takes at a time; the rest of its share is accumulated.
         compile: compile the blocks.
         activation_checkpointing: keep the inputs of blocks only and compute the rest again for gradients.
     """
 
     parallel: str = "auto"
-    micro_batch: int = 16
+    micro_batch: int = 8
     compile: bool = False
     activation_checkpointing: bool = False
 
@@ -143,7 +146,8 @@ def spread(objective: Objective, world: World, engine: Engine, precision: str) -
     if engine.compile:
         for block in model.blocks:
             block.compile()
-    objective.to(world.device)
+    if world.size == 1 or engine.parallel == "ddp":
+        objective.to(world.device)
     if world.size == 1:
         return objective
     if engine.parallel == "ddp":
@@ -151,7 +155,9 @@ def spread(objective: Objective, world: World, engine: Engine, precision: str) -
         return DistributedDataParallel(objective, device_ids=ids)
     low = precision == "bfloat16"
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if low else None, reduce_dtype=torch.float32 if low else None
+        param_dtype=torch.bfloat16 if low else None,
+        reduce_dtype=torch.float32 if low else None,
+        cast_forward_inputs=False,  # of which the fast weights stay in float32
     )
     options: dict[str, Any] = {"mesh": _mesh(world, engine.parallel), "mp_policy": policy}
     for block in model.blocks:
@@ -171,17 +177,15 @@ def _mesh(world: World, parallel: str) -> DeviceMesh:
     return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def lanes_mesh(world: World) -> DeviceMesh:
-    """All processes in a row, for what each holds a part of."""
-    return init_device_mesh("cpu", (world.size,), mesh_dim_names=("lanes",))
-
-
 @contextmanager
 def gradients_stay(module: nn.Module, stay: bool) -> Iterator[None]:
     """In this block a backward pass adds to the gradients of this process without sharing them, if ``stay``.
 
-    Sharded gradients are always shared: whole ones would have to be kept on every device.
+    Sharded gradients are always shared within a machine, because whole ones would have to be kept on every device; with
+    replicas (HSDP) their sums between machines wait.
     """
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(not stay)
     with module.no_sync() if isinstance(module, DistributedDataParallel) and stay else nullcontext():
         yield
 

@@ -6,13 +6,32 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from hqlt.config import ModelConfig
 from hqlt.files import new_folder
 from hqlt.models.files import save_model
 from hqlt.models.language_model import LanguageModel
 from hqlt.models.tokenizer import TOKENIZER
-from hqlt.training.pretraining import RECIPE
+from hqlt.training.claim import RECIPE
 from hqlt.training.snapshots import complete, read_weights
+
+
+def whole_model(config: ModelConfig, weights: dict[str, Tensor]) -> LanguageModel:
+    """The model of an objective's weights."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.load_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, assign=True)
+    model.tie_weights()
+    return model
+
+
+def save_with_tokenizer(model: LanguageModel, directory: Path, target: Path) -> None:
+    """Write a model, and the tokenizer of the run that it comes from."""
+    save_model(model, target)
+    if (directory / TOKENIZER).is_file():
+        shutil.copyfile(directory / TOKENIZER, target / TOKENIZER)
 
 
 def is_run(directory: Path) -> bool:
@@ -33,18 +52,13 @@ def export_run(directory: Path, target: Path) -> str:
     Raises:
         FileExistsError: the target is not empty.
         FileNotFoundError: no checkpoint yet.
-        ValueError: a damaged checkpoint.
+        ValueError: it cannot be read.
     """
     found = complete(directory)
     if not found:
         raise FileNotFoundError(f"{directory} holds no complete checkpoint yet; let the run reach one")
     content = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-    model = LanguageModel(ModelConfig.from_dict(content["recipe"]["model"]))
-    weights = read_weights(found[-1])
+    model = whole_model(ModelConfig.from_dict(content["recipe"]["model"]), read_weights(found[-1]))
     with new_folder(target) as folder:
-        model.load_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, assign=True)
-        model.tie_weights()
-        save_model(model, folder)
-        if (directory / TOKENIZER).is_file():
-            shutil.copyfile(directory / TOKENIZER, folder / TOKENIZER)
+        save_with_tokenizer(model, directory, folder)
     return f"{sum(p.numel() for p in model.parameters()):,} parameters of {found[-1].name} written to {target}"

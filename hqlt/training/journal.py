@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from hqlt.files import write_jsonl
 
-METRICS = "metrics.jsonl"
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 
 class Journal:
@@ -17,7 +18,7 @@ class Journal:
     Going on from a step drops the rows after it, which will be written again.
 
     Args:
-        directory: of the run; rows go to ``metrics.jsonl`` and ``tensorboard/``.
+        directory: of the run; rows go to ``metrics.jsonl`` and ``tensorboard/``, texts to ``samples.jsonl``.
         step: that the run goes on from.
         tensorboard: write for TensorBoard too.
         wandb: project of Weights & Biases.
@@ -33,6 +34,9 @@ class Journal:
         self._path = directory / METRICS
         self.rows = [row for row in read_metrics(self._path) if row["step"] <= step]
         write_jsonl(self._path, self.rows)
+        self._samples = directory / SAMPLES
+        if self._samples.exists():
+            write_jsonl(self._samples, [row for row in read_metrics(self._samples) if row["step"] <= step])
         self._writer = self._run = None
         if tensorboard:
             try:
@@ -53,10 +57,11 @@ class Journal:
 
     def write(self, row: dict[str, Any]) -> None:
         """Add a row; its numbers become curves over ``step``."""
+        # JSON knows no infinity and no NaN.
+        row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         self.rows.append(row)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        numbers = {name: x for name, x in row.items() if name != "step" and isinstance(x, (int, float))}
+        _append(self._path, row)
+        numbers = {name: x for name, x in row.items() if name != "step" and x is not None}
         if self._writer is not None:
             for name, x in numbers.items():
                 self._writer.add_scalar(name, x, row["step"])
@@ -65,6 +70,7 @@ class Journal:
 
     def say(self, step: int, text: str) -> None:
         """Add a text that the model has written."""
+        _append(self._samples, {"step": step, "text": text})
         if self._writer is not None:
             self._writer.add_text("sample", text, step)
 
@@ -74,6 +80,11 @@ class Journal:
             self._writer.close()
         if self._run is not None:
             self._run.finish()
+
+
+def _append(path: Path, row: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

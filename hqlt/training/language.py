@@ -67,7 +67,14 @@ class LanguageRecipe:
     @property
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed, for JSON; the number of devices may change."""
-        return {**asdict(self), "model": self.model.to_dict()}
+        training = {name: x for name, x in asdict(self.training).items() if name != "evaluate_every"}
+        rest = {name: x for name, x in asdict(self).items() if name != "most_skipped"}
+        return {**rest, "model": self.model.to_dict(), "training": training}
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether training draws random numbers."""
+        return bool(self.model.dropout or any(memory.dropout for memory in self.model.memories))
 
     def build(self) -> LanguageModel:
         """The model with the initial weights of the training's seed, in float32 (float64 if that is the precision)."""

@@ -48,7 +48,23 @@ class Task:
 
 
 class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """Training stopped on request after saving; the same call resumes it."""
+    """Training stopped on request after saving; the same call resumes it.
+
+    Attributes:
+        signal: that asked for it in this process, if one did.
+    """
+
+    signal: int | None = None
+
+
+class StopRequest(threading.Event):
+    """Set when someone asks to stop.
+
+    Attributes:
+        signal: the last that asked.
+    """
+
+    signal: int | None = None
 
 
 def train(
@@ -164,7 +180,7 @@ def _update(
     optimizer.zero_grad()
     hidden, _ = model.hidden_states(input_ids)
     loss = model.target_loss(hidden, targets, label_smoothing=config.label_smoothing)
-    value = loss.item() - _entropy(config.label_smoothing, model.config.vocab_size)
+    value = loss.item() - smoothed_entropy(config.label_smoothing, model.config.vocab_size)
     if not math.isfinite(value):
         raise FloatingPointError(f"the loss is {value}; lower the learning rate")
     loss.backward()
@@ -174,7 +190,7 @@ def _update(
     return value
 
 
-def _entropy(smoothing: float, classes: int) -> float:
+def smoothed_entropy(smoothing: float, classes: int) -> float:
     """Nats of a smoothed target, the least cross-entropy that it allows."""
     rest = smoothing / classes
     probabilities = [1 - smoothing + rest] + [rest] * (classes - 1)
@@ -213,13 +229,23 @@ def _same_run(path: Path, saved: str, wanted: str) -> None:
 
 
 @contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set instead of ending the process. Outside the main thread nothing sets it."""
-    stop = threading.Event()
+def stop_requests() -> Iterator[StopRequest]:
+    """An event that Ctrl-C and SIGTERM set instead of ending the process. Outside the main thread nothing sets it.
+
+    A second Ctrl-C ends the process at once.
+    """
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    previous = [signal.signal(number, lambda *_: stop.set()) for number in STOP_SIGNALS]
+
+    def note(number: int, _: object) -> None:
+        stop.signal = number
+        stop.set()
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+
+    previous = [signal.signal(number, note) for number in STOP_SIGNALS]
     try:
         yield stop
     finally:

@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.tensor import DTensor, Shard
 
 from hqlt.data.loader import Batch, Loader, rows_for_evaluation
 from hqlt.data.shards import TokenShards
-from hqlt.files import atomic, write_text
 from hqlt.layers.state import ModelState
-from hqlt.models.files import save_model
 from hqlt.models.language_model import LanguageModel
-from hqlt.models.state_files import fitted, pack_state, unpack_state
-from hqlt.models.tokenizer import TOKENIZER
-from hqlt.training.distributed import Engine, World, gradients_stay, known_warnings, lanes_mesh, spread, whole
+from hqlt.training.claim import claim
+from hqlt.training.distributed import Engine, World, gradients_stay, known_warnings, spread, whole
+from hqlt.training.export import save_with_tokenizer, whole_model
 from hqlt.training.journal import Journal
+from hqlt.training.lanes import joined, room, shared
 from hqlt.training.language import LanguageRecipe, Objective
-from hqlt.training.loop import Interrupted, progress_bar, stop_requests
+from hqlt.training.loop import Interrupted, StopRequest, progress_bar, smoothed_entropy, stop_requests
 from hqlt.training.optimizer import make_adamw, scheduled_rate
 from hqlt.training.snapshots import Snapshots
 
-RECIPE, MODEL = "recipe.json", "model"
+MODEL = "model"
 NATS_PER_BIT = math.log(2)
 Row = dict[str, Any]
 
@@ -51,7 +49,7 @@ class Watch:
         peak_flops: of a device, for the share that is used (MFU); None: unknown.
         flops_per_token: of training.
         tensorboard, wandb: as in :class:`hqlt.training.journal.Journal`.
-        line: of the progress bar, for runs side by side.
+        position: line of the progress bar, for runs side by side.
     """
 
     log_every: int = 10
@@ -64,7 +62,7 @@ class Watch:
     flops_per_token: float = 0.0
     tensorboard: bool = True
     wandb: str | None = None
-    line: int = 0
+    position: int = 0
 
     def __post_init__(self) -> None:
         for name in ("log_every", "save_every", "keep", "evaluate_rows", "sample_every"):
@@ -116,7 +114,7 @@ def pretrain(
         run = _Run(recipe, data, held_out, directory, world, engine, watch)
         run.go_on()
         try:
-            run.train(stop.is_set)
+            run.train(stop)
         finally:
             run.close()
     return run.rows
@@ -149,7 +147,7 @@ class _Run:
             packing=recipe.packing,
             seed=recipe.training.seed,
         )
-        self._claim()
+        claim(directory, {"recipe": recipe.identity, "tokens": data.fingerprint}, data.tokenizer_file, world)
         self.model = recipe.build()
         self.module = spread(Objective(self.model, recipe), world, engine, recipe.precision)
         self.optimizer = make_adamw(self.module, recipe.training)
@@ -166,32 +164,13 @@ class _Run:
     def step(self) -> int:
         return int(self.progress["step"])
 
-    def _claim(self) -> None:
-        """The directory is new or that of this recipe and these tokens."""
-        identity = {"recipe": self.recipe.identity, "tokens": self.data.fingerprint}
-        wanted = json.loads(json.dumps(identity))
-        path = self.directory / RECIPE
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            differing = _differences(found, wanted)
-            if differing:
-                raise ValueError(
-                    f"{self.directory} holds a run of another recipe, which differs in {'; '.join(differing[:3])}; "
-                    "choose another output folder"
-                )
-        self.world.wait()
-        if self.world.leads and not path.exists():
-            if self.data.tokenizer_file is not None:
-                with atomic(self.directory / TOKENIZER) as temporary:
-                    shutil.copyfile(self.data.tokenizer_file, temporary)
-            write_text(path, json.dumps(wanted, indent=1) + "\n")
-
     def go_on(self) -> None:
         """Load the newest checkpoint, if there is one."""
         path = self.snapshots.latest()
         if path is not None:
-            self.progress, more = self.snapshots.load(path, self.module, self.optimizer, self._carried_like)
-            self._carry(more)
+            self.progress, more = self.snapshots.load(path, self.module, self.optimizer, self._room)
+            if more:
+                self.states = shared(more, self.model, self.parts, self.world.device)
         if self.world.leads:
             self.journal = Journal(
                 self.directory,
@@ -201,12 +180,12 @@ class _Run:
                 config=self.recipe.identity,
             )
 
-    def train(self, stop: Callable[[], bool]) -> None:
+    def train(self, stop: StopRequest) -> None:
         """Steps up to the last, then the finished model."""
         steps, watch = self.recipe.training.steps, self.watch
         self.module.train()
         label = self.directory.name if self.world.leads else ""
-        with progress_bar(steps, self.step, label, watch.line, silent=not self.world.leads) as bar:
+        with progress_bar(steps, self.step, label, watch.position, silent=not self.world.leads) as bar:
             saved = self.step
             while self.step < steps:
                 row = self._advance()
@@ -214,18 +193,25 @@ class _Run:
                 bar.set_postfix_str(_summary(row), refresh=False)
                 self._tell(row)
                 self.snapshots.poll()
-                stopping = self.world.any(stop())
+                stopping = self.world.any(stop.is_set())
+                if stopping:
+                    with suppress(OSError):  # that of another checkpoint, which is not worth this one
+                        self.snapshots.wait()
                 if stopping or self.step == steps or self.step % watch.save_every == 0:
                     self._save()
                     saved = self.step
                 if stopping and self.step < steps:
                     self.snapshots.wait()
-                    raise Interrupted(f"stopped at step {saved} of {steps}; run the same command to go on")
+                    request = Interrupted(f"stopped at step {saved} of {steps}; run the same command to go on")
+                    request.signal = stop.signal
+                    raise request
         self.snapshots.wait()
         self._finish()
 
     def close(self) -> None:
         """Write what is left."""
+        with suppress(OSError):  # what ended the run is worth telling more
+            self.snapshots.wait()
         if self.journal is not None:
             self.journal.close()
 
@@ -236,7 +222,7 @@ class _Run:
         rate = scheduled_rate(self.step, training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self._gradients()
+        loss, states = self._gradients()
         total = whole(nn.utils.get_total_norm(self._gradient_tensors()))
         norm = float(total)
         skipped = not math.isfinite(norm)
@@ -244,6 +230,8 @@ class _Run:
             if training.clip is not None:
                 nn.utils.clip_grads_with_norm_(list(self.module.parameters()), training.clip, total)
             self.optimizer.step()
+            # What is not finite is not carried on.
+            self.states = states
         self.optimizer.zero_grad()
         progress = self.progress
         progress["step"] += 1
@@ -255,7 +243,7 @@ class _Run:
         if progress["skipped_in_a_row"] > self.recipe.most_skipped:
             raise FloatingPointError(
                 f"the gradients of {progress['skipped_in_a_row']} steps in a row up to step {self.step} are not finite "
-                f"(norm {norm}, loss {loss}); lower the learning rate or start from an earlier checkpoint"
+                f"(norm {norm}, loss {loss}); begin a new folder with a lower learning rate"
             )
         return {
             "step": self.step,
@@ -276,19 +264,25 @@ class _Run:
         rate = self.watch.flops_per_token * self.recipe.tokens_per_step / seconds
         return {"mfu": round(rate / (peak * self.world.size), 4)}
 
-    def _gradients(self) -> float:
-        """Add up the gradients of an update; its mean loss in nats."""
+    def _gradients(self) -> tuple[float, list[ModelState | None]]:
+        """Add up the gradients of an update; its mean loss in nats, without the entropy of smoothed labels, and the
+        memories after it."""
+        recipe = self.recipe
+        states: list[ModelState | None] = []
         batches = [self.loader.batch(self.step, first, count) for first, count in self.parts]
         count = int(self.world.sum(torch.tensor(sum(int((b.targets != -100).sum()) for b in batches))))
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for n, batch in enumerate(batches):
             with gradients_stay(self.module, n < len(batches) - 1):
+                if recipe.has_dropout:
+                    torch.manual_seed(_seed(recipe.training.seed, self.step, self.parts[n][0]))
                 loss, state = self._loss(batch, self.states[n], count)
                 # Engines take the mean of the processes' gradients, not the sum.
                 (loss * self.world.size).backward()
-            self.states[n] = state if self.recipe.packing == "lanes" else None
+            states.append(state if recipe.packing == "lanes" else None)
             total += loss.detach()
-        return float(self.world.sum(total.cpu()))
+        entropy = smoothed_entropy(recipe.training.label_smoothing, recipe.model.vocab_size)
+        return float(self.world.sum(total.cpu())) - entropy, states
 
     def _loss(self, batch: Batch, state: ModelState | None, count: int) -> tuple[Tensor, ModelState]:
         device = self.world.device
@@ -313,19 +307,16 @@ class _Run:
         if watch.sample is not None and watch.sample_every and (last or self.step % watch.sample_every == 0):
             model = self._whole_model()
             if self.journal is not None and model is not None:
-                text = watch.sample(model)
-                self.journal.say(self.step, text)
-                with (self.directory / "samples.txt").open("a", encoding="utf-8") as file:
-                    file.write(f"--- step {self.step}\n{text}\n")
+                self.journal.say(self.step, watch.sample(model))
 
     def _evaluate(self, shards: TokenShards) -> Row:
         """Bits per token and per byte of the held-out rows, shared by the processes."""
         recipe, world = self.recipe, self.world
         packing = "isolated" if recipe.packing == "isolated" else "concatenated"
         most = -(-(shards.num_tokens - 1) // recipe.length)
-        count = None if self.watch.evaluate_rows is None else min(most, self.watch.evaluate_rows)
+        count_rows = None if self.watch.evaluate_rows is None else min(most, self.watch.evaluate_rows)
         rows = rows_for_evaluation(
-            shards, recipe.length, count, rows_per_batch=self.engine.micro_batch, packing=packing
+            shards, recipe.length, count_rows, rows_per_batch=self.engine.micro_batch, packing=packing
         )
         sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
         self.module.eval()
@@ -339,57 +330,35 @@ class _Run:
         self.module.train()
         nats, count = world.sum(sums).tolist()
         bits = nats / count / NATS_PER_BIT
-        return {"bits_per_token": bits, "bits_per_byte": bits * shards.num_tokens / shards.num_bytes}
+        whole_text = nats / NATS_PER_BIT / shards.num_bytes
+        # A part of the rows is taken to have as many bytes in a token as all of them.
+        part = bits * shards.num_tokens / shards.num_bytes
+        return {"bits_per_token": bits, "bits_per_byte": whole_text if count_rows in (None, most) else part}
 
     def _whole_model(self) -> LanguageModel | None:
         """The model in one piece in evaluation mode, in the leading process; all processes call this."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.module, options=options)
+        weights: dict[str, Any] = get_model_state_dict(self.module, options=options)
         if not self.world.leads:
             return None
-        model = LanguageModel(self.recipe.model)
-        model.load_state_dict({name.removeprefix("model."): x for name, x in weights.items()}, assign=True)
-        model.tie_weights()
-        return model.to(self.world.device).eval()
+        return whole_model(self.recipe.model, weights).to(self.world.device).eval()
 
     def _finish(self) -> None:
         model = self._whole_model()
         if model is not None:
-            save_model(model, self.directory / MODEL)
-            if (self.directory / TOKENIZER).exists():
-                shutil.copyfile(self.directory / TOKENIZER, self.directory / MODEL / TOKENIZER)
+            save_with_tokenizer(model, self.directory, self.directory / MODEL)
         self.world.wait()
 
     def _save(self) -> None:
-        self.snapshots.save(self.module, self.optimizer, self.progress, self._carried())
+        self.snapshots.save(self.module, self.optimizer, self.progress, joined(self.states, self.world))
 
-    def _carried(self) -> dict[str, Tensor]:
-        """The memories of all lanes, as parts of tensors over the lanes of all processes."""
-        states = [pack_state(state) for state in self.states if state is not None]
-        if not states:
-            return {}
-        joined = {name: torch.cat([state[name] for state in states]).cpu() for name in states[0]}
-        return self._over_lanes(joined)
+    def _room(self, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
+        return room(sizes, self.recipe.batch_size // self.world.size, self.world)
 
-    def _over_lanes(self, parts: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.world.control is None:
-            return parts
-        mesh = lanes_mesh(self.world)
-        return {name: DTensor.from_local(x, mesh, [Shard(0)]) for name, x in parts.items()}
 
-    def _carried_like(self, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> dict[str, Tensor]:
-        """Room for this process's lanes of memories of these sizes."""
-        lanes = self.recipe.batch_size // self.world.size
-        return self._over_lanes({name: torch.empty(lanes, *size[1:], dtype=t) for name, (size, t) in sizes.items()})
-
-    def _carry(self, parts: dict[str, Tensor]) -> None:
-        """Share the memories of this process's lanes among the parts that it takes at a time."""
-        if not parts:
-            return
-        own = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in parts.items()}
-        state = fitted(unpack_state(own), self.model, "the checkpoint's memories")
-        first = self.parts[0][0]
-        self.states = [state.select(torch.arange(start - first, start - first + n)) for start, n in self.parts]
+def _seed(*parts: int) -> int:
+    """A seed for the parts; torch reads 32 bits."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _summary(row: Row) -> str:
@@ -397,11 +366,3 @@ def _summary(row: Row) -> str:
     used = f", {row['mfu']:.0%} of peak" if "mfu" in row else ""
     skipped = f", {row['skipped']} skipped" if row["skipped"] else ""
     return f"loss {row['loss']:.3f}, {row['tokens_per_second']:,} tokens/s{used}{skipped}"
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> list[str]:
-    """What two JSON values differ in: ``training.steps (10, now 20)``."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        keys = sorted(set(found) | set(wanted))
-        return [d for key in keys for d in _differences(found.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if found == wanted else [f"{name} ({found}, now {wanted})"]

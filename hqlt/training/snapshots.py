@@ -25,14 +25,15 @@ from hqlt.training.distributed import World, known_warnings
 # What is wrong in another process, or a truncated file, makes torch raise nearly anything.
 FAILURES = (Exception, CheckpointException)
 PROGRESS, FOLDER = "progress.json", "checkpoints"
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-(\d{8,})")
+_UNFINISHED = re.compile(r"\.step-\d{8,}")
 
 
 class Snapshots:
     """The checkpoints of a run, ``step-00000100`` and so on in a folder of their own.
 
-    One is written under a hidden name and gets its own when it is complete; whatever else is found there at the start
-    is what a killed process has left, and is removed.
+    One is written under a hidden name and gets its own when it is complete; what a killed process has left under a
+    hidden name is removed.
 
     Args:
         directory: of the run.
@@ -49,7 +50,7 @@ class Snapshots:
         self._finish: Callable[[], None] | None = None
         if world.leads and self._folder.exists():
             for path in self._folder.iterdir():
-                if path.is_dir() and not _NAME.fullmatch(path.name):
+                if _UNFINISHED.fullmatch(path.name):
                     shutil.rmtree(path)
         world.wait()
 
@@ -132,7 +133,7 @@ class Snapshots:
             more: makes room for the rest in this process, of its whole sizes and dtypes.
 
         Raises:
-            ValueError: a damaged checkpoint.
+            ValueError: it cannot be read.
         """
         try:
             progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
@@ -140,7 +141,8 @@ class Snapshots:
             load(state, checkpoint_id=path, process_group=self._world.saving, no_dist=self._world.saving is None)
         except FAILURES as error:
             raise ValueError(
-                f"the checkpoint {path} is damaged ({_reason(error)}); delete it to go on from the one before"
+                f"cannot read the checkpoint {path} ({_reason(error)}); "
+                "if it is damaged, delete it to go on from the one before"
             ) from error
         set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return progress, state["more"]
@@ -170,19 +172,20 @@ def _reason(error: BaseException) -> str:
 def complete(directory: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     folder = directory / FOLDER
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name)) if folder.exists() else []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.exists() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of the module that was saved, whole, in this process.
 
     Raises:
-        ValueError: a damaged checkpoint.
+        ValueError: it cannot be read.
     """
     try:
         weights = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in _sizes(path, "model.").items()}
         with known_warnings():
             load({"model": weights}, checkpoint_id=path, no_dist=True)
     except FAILURES as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({_reason(error)})") from error
+        raise ValueError(f"cannot read the checkpoint {path} ({_reason(error)})") from error
     return weights

@@ -76,7 +76,7 @@ GOOD = {"steps": 2, "batch_size": 8, "length": 16, "micro_batch": 2, "devices": 
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"devices": 3}, "batch_size=8 is no multiple of devices=3 times micro_batch=2"),
+    ({"devices": 3}, "batch_size=8 is no multiple of devices=3"),
     ({"steps": 0}, "steps=0 must be"),
     ({"utilisation": 0.0}, r"utilisation=0\.0 must lie in \(0, 1\]"),
     ({"utilisation": 40.0}, r"utilisation=40\.0 must lie in"),

@@ -402,3 +402,12 @@ def test_a_convolution_keeps_attention_from_storing_its_weights(update_rule):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         layer(torch.randn(1, length, 16))
     assert max(saved) < length**2
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "delayed_streaming", "delayed_chunk"])
+@pytest.mark.parametrize("update_rule", ["delta", "gated_delta", "linear"])
+def test_every_parameter_has_a_gradient_before_the_window_is_full(schedule, update_rule):
+    """Engines that share gradients between processes need one of every parameter in each."""
+    layer = HybridMemory(MemoryConfig(hidden_size=16, window=8, schedule=schedule, update_rule=update_rule))
+    layer(torch.randn(2, 5, 16))[0].sum().backward()
+    assert [name for name, p in layer.named_parameters() if p.grad is None] == []

@@ -44,12 +44,13 @@ def shards(folder: Path) -> TokenShards:
 
 
 def _run(
-    rank: int, size: int, port: int, folder: Path, output: Path, made: LanguageRecipe, how: dict[str, Any]
+    rank: int, size: int, local: int, port: int, folder: Path, output: Path, made: LanguageRecipe, how: dict[str, Any]
 ) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     if size > 1:
-        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+        names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+        names |= {"MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
     data = TokenShards.open(folder / "tokens")
     engine = Engine(**how.get("engine", {"micro_batch": 1}))
@@ -61,12 +62,16 @@ def _run(
             os._exit(STOPPED)
 
 
-def start(folder: Path, output: Path, made: LanguageRecipe, size: int = 1, **how: Any) -> list[BaseProcess]:
+def start(
+    folder: Path, output: Path, made: LanguageRecipe, size: int = 1, *, local: int | None = None, **how: Any
+) -> list[BaseProcess]:
+    """Begin a run of so many processes, ``local`` of them on a machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=_run, args=(rank, size, port, folder, output, made, how)) for rank in range(size)
+        CONTEXT.Process(target=_run, args=(rank, size, local or size, port, folder, output, made, how))
+        for rank in range(size)
     ]
     for process in processes:
         process.start()

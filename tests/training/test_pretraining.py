@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from hqlt.data import Loader, TokenShards, rows_for_evaluation
 from hqlt.training import pretraining, snapshots
 from hqlt.training.distributed import Engine, World, known_warnings
 from hqlt.training.export import export_run
-from hqlt.training.journal import METRICS, read_metrics
+from hqlt.training.journal import METRICS, SAMPLES, read_metrics
 from hqlt.training.language import LanguageRecipe
 from hqlt.training.loop import Interrupted
 from hqlt.training.optimizer import make_adamw, scheduled_rate
@@ -53,6 +54,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def data(folder):
     return TokenShards.open(folder / "tokens")
+
+
+def stopping_at(step: int):
+    """A training step, but before this one someone presses Ctrl-C."""
+    advance = pretraining._Run._advance
+
+    def stop(self):
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self)
+
+    return stop
 
 
 def by_hand(made: LanguageRecipe, data) -> tuple[list[float], LanguageModel]:
@@ -113,11 +126,12 @@ def test_lanes_carry_both_memories_over_an_epoch(data):
 ])  # fmt: skip
 def test_what_makes_it_fast_changes_nothing(tmp_path, data, change):
     made = recipe(steps=3)
-    with pytest.MonkeyPatch.context() as patch:
-        compiled: list[object] = []
-        patch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch names functions that it does not look into
+        compile_ = torch.nn.Module.compile
+        # Tracing is what may go wrong; code for the machine would take half a minute.
+        patch.setattr(torch.nn.Module, "compile", lambda module: compile_(module, backend="eager"))
         rows = pretrain(made, data, None, tmp_path, ALONE, Engine(micro_batch=2, **change), QUIET)
-    assert len(compiled) == (2 if "compile" in change else 0)
     assert [row["loss"] for row in rows] == pytest.approx(by_hand(made, data)[0], abs=1e-11)
 
 
@@ -137,13 +151,23 @@ def test_the_evaluation_is_the_sum_over_all_held_out_tokens(tmp_path, data):
     assert row["bits_per_byte"] == pytest.approx(bits * data.num_tokens / data.num_bytes, rel=1e-6)
 
 
-@pytest.mark.parametrize(("packing", "parallel"), [
-    ("concatenated", "fsdp"), ("lanes", "fsdp"), ("isolated", "ddp"), ("lanes", "hsdp"),
+CHUNKS = dataclasses.replace(MEMORY, schedule="delayed_chunk", window=8)
+
+
+@pytest.mark.parametrize(("changes", "parallel", "local"), [
+    ({}, "fsdp", 2),
+    ({"packing": "lanes"}, "fsdp", 2),
+    ({"packing": "isolated"}, "ddp", 2),
+    ({"packing": "lanes"}, "hsdp", 1),  # two replicas
+    ({"packing": "lanes"}, "hsdp", 2),  # two shards
+    # In some processes no chunk is ever complete.
+    ({"packing": "isolated", "memory": CHUNKS}, "fsdp", 2),
+    ({"packing": "isolated", "memory": CHUNKS, "length": 6}, "ddp", 2),
 ])  # fmt: skip
-def test_two_processes_are_one(tmp_path, folder, packing, parallel):
-    made = recipe(packing=packing)
+def test_two_processes_are_one(tmp_path, folder, changes, parallel, local):
+    made = recipe(**changes)
     one = run(folder, tmp_path / "one", made)
-    two = run(folder, tmp_path / "two", made, 2, engine={"micro_batch": 1, "parallel": parallel})
+    two = run(folder, tmp_path / "two", made, 2, engine={"micro_batch": 1, "parallel": parallel}, local=local)
     assert len(one) == len(two) == 20
     for a, b in zip(one, two, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-9)
@@ -168,6 +192,46 @@ def test_bfloat16_over_two_processes_stays_near_float32(tmp_path, folder):
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in exact], rel=5e-3)
     assert rows[-1]["loss"] != exact[-1]["loss"]
     assert load_model(tmp_path / "two" / "model").embedding.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_memories_in_bfloat16_are_carried_over_an_interruption(tmp_path, folder, size):
+    made = recipe(packing="lanes", precision="bfloat16")
+    whole = run(folder, tmp_path / "whole", made, size)
+    processes = start(folder, tmp_path / "run", made, size)
+    while steps_done(tmp_path / "run") < 7 and any(p.is_alive() for p in processes):
+        time.sleep(0.005)
+    kill(processes)
+    assert untimed(run(folder, tmp_path / "run", made, size)) == untimed(whole)
+
+
+def test_dropout_goes_on_as_if_never_interrupted(tmp_path, data, monkeypatch):
+    made = recipe(memory=dataclasses.replace(MEMORY, dropout=0.3))
+    whole = pretrain(made, data, None, tmp_path / "whole", ALONE, ONE, QUIET)
+    assert whole[0]["loss"] != pytest.approx(by_hand(recipe(), data)[0][0], abs=1e-6)
+    monkeypatch.setattr(pretraining._Run, "_advance", stopping_at(10))
+    with pytest.raises(Interrupted):
+        pretrain(made, data, None, tmp_path / "run", ALONE, ONE, QUIET)
+    monkeypatch.undo()
+    torch.manual_seed(99)  # whatever else draws
+    rows = pretrain(made, data, None, tmp_path / "run", ALONE, ONE, QUIET)
+    assert untimed(rows) == untimed(whole)
+
+
+def test_memories_that_are_not_finite_are_not_carried_on(tmp_path, data, monkeypatch):
+    loss, calls = pretraining._Run._loss, []
+
+    def broken(self, *arguments):
+        value, state = loss(self, *arguments)
+        calls.append(1)
+        if len(calls) != 20:
+            return value, state
+        return value * torch.nan, state.map(lambda x: x * torch.nan if x.is_floating_point() else x)
+
+    monkeypatch.setattr(pretraining._Run, "_loss", broken)
+    rows = pretrain(recipe(packing="lanes"), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert rows[-1]["skipped"] == 1
+    assert [row["loss"] for row in rows].index(None) == 4
 
 
 @pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 4)])
@@ -313,9 +377,9 @@ def test_a_damaged_checkpoint_is_named(tmp_path, data):
     (newest,) = [path for path in complete(tmp_path) if path.name.endswith("06")]
     for file in newest.glob("*.distcp"):
         file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"step-00000006 is damaged .*delete it to go on from the one before"):
+    with pytest.raises(ValueError, match=r"checkpoint .*step-00000006 .*delete it to go on from the one before"):
         pretrain(recipe(steps=6), data, None, tmp_path, ALONE, ONE, QUIET)
-    with pytest.raises(ValueError, match=r"step-00000006 is damaged"):
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*step-00000006"):
         export_run(tmp_path, tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
 
@@ -386,20 +450,13 @@ def test_tensorboard_has_the_curves(tmp_path, data):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([row["loss"] for row in rows], rel=1e-6)
     assert {"bits_per_byte", "mfu", "tokens_per_second", "gradient_norm"} <= set(events.Tags()["scalars"])
-    assert (tmp_path / "samples.txt").read_text() == "--- step 4\nsaid\n--- step 8\nsaid\n"
+    assert read_metrics(tmp_path / SAMPLES) == [{"step": 4, "text": "said"}, {"step": 8, "text": "said"}]
     for row in rows:
         assert row["mfu"] == pytest.approx(row["tokens_per_second"] * 1e3 / 1e9, rel=0.02, abs=2e-4)
 
 
 def test_an_interruption_in_this_process_saves(tmp_path, data, monkeypatch):
-    advance = pretraining._Run._advance
-
-    def stop(self):
-        if self.step == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return advance(self)
-
-    monkeypatch.setattr(pretraining._Run, "_advance", stop)
+    monkeypatch.setattr(pretraining._Run, "_advance", stopping_at(4))
     with pytest.raises(Interrupted, match="stopped at step 5 of 20; run the same command to go on"):
         pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
     monkeypatch.undo()
