@@ -13,6 +13,7 @@ from hqlt.results import Row, Summary, markdown_table
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BASE = "cpu_synchronous"
 ABLATIONS = tuple(f"cpu_{name}" for name in CPU_ABLATIONS)
 
 
@@ -101,8 +102,9 @@ def figures(rows: list[Row]) -> dict[str, Figure]:
 
 
 def _groups(rows: list[Row]) -> dict[str, list[Row]]:
-    groups = {
-        "models": [row for row in rows if row["model"] not in ABLATIONS],
-        "ablations": [row for row in rows if row["model"] in (*ABLATIONS, "cpu_synchronous")],
-    }
+    """The models, and where there are any the ablations beside what they change."""
+    ablations = [row for row in rows if row["model"] in ABLATIONS]
+    groups = {"models": [row for row in rows if row["model"] not in ABLATIONS]}
+    if ablations:
+        groups["ablations"] = [row for row in rows if row["model"] == BASE] + ablations
     return {name: of for name, of in groups.items() if of}

@@ -322,8 +322,8 @@ def test_the_loss_of_smoothed_labels_is_what_is_above_their_entropy(tmp_path):
     config = dataclasses.replace(CONFIG, steps=1, evaluate_every=1, label_smoothing=smoothing)
     rows = train(model, tiny_task(), config, tmp_path, "test")
     assert rows[0]["loss"] == pytest.approx(divergence.item())
-    assert loop._entropy(0.0, 5) == 0
-    assert loop._entropy(1.0, 5) == pytest.approx(math.log(5))
+    assert loop.smoothed_entropy(0.0, 5) == 0
+    assert loop.smoothed_entropy(1.0, 5) == pytest.approx(math.log(5))
 
 
 def test_a_level_that_grows_evenly_does_not_look_at_the_loss(tmp_path):

@@ -148,7 +148,7 @@ def test_the_evaluation_is_the_sum_over_all_held_out_tokens(tmp_path, data):
     bits = nats / count / 0.6931471805599453
     assert count == data.num_tokens - 1
     assert row["bits_per_token"] == pytest.approx(bits, rel=1e-6)
-    assert row["bits_per_byte"] == pytest.approx(bits * data.num_tokens / data.num_bytes, rel=1e-6)
+    assert row["bits_per_byte"] == pytest.approx(nats / 0.6931471805599453 / data.num_bytes, rel=1e-6)
 
 
 CHUNKS = dataclasses.replace(MEMORY, schedule="delayed_chunk", window=8)
@@ -234,7 +234,7 @@ def test_memories_that_are_not_finite_are_not_carried_on(tmp_path, data, monkeyp
     assert [row["loss"] for row in rows].index(None) == 4
 
 
-@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (2, 4)])
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), pytest.param((2, 4), marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_other_processes(tmp_path, folder, sizes):
     made = recipe(packing="lanes")
     whole = run(folder, tmp_path / "whole", made)
@@ -270,7 +270,7 @@ def survive(folder: Path, tmp_path: Path, size: int, moments: int, packing: str)
     return killed
 
 
-@pytest.mark.parametrize(("size", "moments", "packing"), [(1, 6, "lanes"), (2, 3, "concatenated")])
+@pytest.mark.parametrize(("size", "moments", "packing"), [(1, 5, "lanes"), (2, 2, "concatenated")])
 def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path, folder, size, moments, packing):
     assert survive(folder, tmp_path, size, moments, packing) == moments
 
@@ -284,7 +284,7 @@ def test_a_run_survives_twenty_kills(tmp_path, folder, size, packing):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_request_to_stop_saves(tmp_path, folder, size):
-    made = recipe(steps=200, precision="float32")
+    made = recipe(steps=30, precision="float32")
     processes = start(folder, tmp_path / "run", made, size, watch={"save_every": 1000})
     while steps_done(tmp_path / "run") < 5 and all(p.is_alive() for p in processes):
         time.sleep(0.005)
