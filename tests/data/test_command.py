@@ -1,7 +1,9 @@
 import argparse
+import sys
 
 import pytest
 
+from hqlt.cli import main
 from hqlt.data.command import add_data
 from tests.data.corpora import content, documents, prepared, write_jsonl
 
@@ -48,7 +50,9 @@ def test_wrong_options_are_errors(tmp_path):
         run("check", tmp_path / "gone")
 
 
-def test_a_missing_library_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"hf:some/name needs the datasets library: pip install 'hqlt\[train\]'"):
-        run("prepare", "hf:some/name", "--output", tmp_path / "tokens", "--tokenizer", "bytes")
+def test_a_missing_library_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    given = ("data", "prepare", "hf:some/name", "--output", tmp_path / "tokens", "--tokenizer", "bytes")
+    assert main([*map(str, given)]) == 1
+    said = capsys.readouterr().err
+    assert "hqlt: hf:some/name needs the datasets library: pip install 'hqlt[train]'" in said
