@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hqlt.data.command import add_data
+from hqlt.stopping import Interrupted
 from hqlt.train import add_train
 
 if TYPE_CHECKING:
@@ -21,8 +22,6 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(arguments)
     options.arguments = arguments
-    from hqlt.training.loop import Interrupted
-
     try:
         status: int = options.run(options)
     except Interrupted as stop:

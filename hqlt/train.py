@@ -95,7 +95,7 @@ def _positive(text: str) -> float:
 def train_lm(options: argparse.Namespace) -> int:
     """Run the command. To have saved because SIGTERM asked for it is a success: who sends it starts the run again."""
     from hqlt.recipes.language_model import LANGUAGE_MODELS
-    from hqlt.training.loop import Interrupted
+    from hqlt.stopping import Interrupted
 
     if options.recipe is None:
         print("\n".join(LANGUAGE_MODELS))

@@ -49,7 +49,7 @@ class TrainingBytes:
 
     Attributes:
         weights: master weights in float32, a share of them on each device.
-        gradients: in float32, a share; all of them on each device where micro-batches add up before they are reduced.
+        gradients: in float32, a share, also while micro-batches add up.
         optimizer: two moments of AdamW in float32, a share.
         gathered: weights in bfloat16 as they are used, and on several devices their gradients before these are reduced.
         activations: what the forward pass keeps for the backward pass.
@@ -127,7 +127,7 @@ def training_bytes(
     share = FULL * count.total / devices
     return TrainingBytes(
         weights=share,
-        gradients=share,  # of each part of an accumulated update too
+        gradients=share,
         optimizer=2 * share,
         gathered=HALF * used,
         activations=tokens * activations,

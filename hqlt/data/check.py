@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hqlt.data.manifest import AGAIN, KINDS, Manifest, bad_files, sha256_of
-from hqlt.data.progress import byte_bar
 from hqlt.models.tokenizer import TOKENIZER
+from hqlt.progress import progress_bar
 
 
 def check(directory: Path) -> Manifest:
@@ -25,7 +25,7 @@ def check(directory: Path) -> Manifest:
     files = {f"{shard.name}.{kind}": shard.sha256[kind] for shard in manifest.shards for kind in KINDS}
     files |= {} if manifest.tokenizer is None else {TOKENIZER: manifest.tokenizer}
     sound = [name for name in files if name not in bad]
-    with byte_bar("check", sum((directory / name).stat().st_size for name in sound)) as bar:
+    with progress_bar("check", sum((directory / name).stat().st_size for name in sound), unit="B") as bar:
         for name in sound:
             if sha256_of(directory / name, bar.update) != files[name]:
                 problems.append(f"{directory / name} is damaged: its checksum differs from the manifest's; {AGAIN}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 import time
 import traceback
@@ -15,7 +14,7 @@ from multiprocessing.context import SpawnProcess
 
 from hqlt.data.sources import Unit
 from hqlt.data.writing import Done, Job
-from hqlt.training.loop import STOP_SIGNALS, Interrupted
+from hqlt.stopping import Interrupted, signals_held
 
 Numbered = Iterator[tuple[int, Unit]]
 News = Callable[[int, int, int, Done | None], None]  # unit, bytes and tokens since the last news of it, and the end
@@ -93,7 +92,7 @@ def _team(job: Job, workers: int) -> Iterator[dict[Connection, SpawnProcess]]:
         for _ in range(workers):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, job), daemon=True)
-            with _signals_held():
+            with signals_held():
                 process.start()
             theirs.close()
             team[ours] = process
@@ -103,19 +102,6 @@ def _team(job: Job, workers: int) -> Iterator[dict[Connection, SpawnProcess]]:
             process.kill()
             process.join()
             connection.close()
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """A process started within never sees Ctrl-C or SIGTERM: it is for this one to end it."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(connection: Connection, job: Job) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from hqlt.data.folder import finished_before, work_folder
 from hqlt.data.manifest import PROGRESS, Manifest, sha256_of
 from hqlt.data.pool import STOPPED, run_here, run_in_processes
-from hqlt.data.progress import UnitProgress, byte_bar
+from hqlt.data.progress import UnitProgress
 from hqlt.data.readers import pieces
 from hqlt.data.sources import FIELD, Plan, Unit, make_plan
 from hqlt.data.vocabulary import Encoder, Vocabulary, choose_vocabulary, train_bpe
@@ -22,7 +22,8 @@ from hqlt.data.writing import Done, Job
 from hqlt.files import write_text
 from hqlt.machine import available_cores
 from hqlt.models.tokenizer import TOKENIZER
-from hqlt.training.loop import Interrupted, stop_requests
+from hqlt.progress import progress_bar
+from hqlt.stopping import Interrupted, stop_requests
 
 # A BPE is trained on the first bytes of so many units, spread evenly: on everything up to 256 MiB.
 TRAINING_UNITS, TRAINING_BYTES = 64, 1 << 28
@@ -136,7 +137,7 @@ def _training_texts(wanted: Preparation, plan: Plan, stop: threading.Event) -> I
     count = min(TRAINING_UNITS, len(plan.units))
     budget = TRAINING_BYTES // count
     chosen = [plan.units[n * len(plan.units) // count] for n in range(count)]
-    with byte_bar("words", sum(min(budget, unit.size) for unit in chosen) or None) as bar:
+    with progress_bar("words", sum(min(budget, unit.size) for unit in chosen) or None, unit="B") as bar:
         for unit in chosen:
             for text in _first(unit, wanted, budget):
                 bar.update(len(text.encode()))
@@ -161,7 +162,7 @@ def _run(job: Job, plan: Plan, dtype: np.dtype[Any], workers: int, stop: threadi
     done = {number: unit for number, unit in found.items() if unit is not None}
     total = sum(unit.size for unit in plan.units) if all(unit.size for unit in plan.units) else None
     workers = min(workers, len(plan.units) - len(done))
-    with byte_bar("tokens", total, sum(plan.units[number].size for number in done)) as bar:
+    with progress_bar("tokens", total, sum(plan.units[number].size for number in done), unit="B") as bar:
         news, left = UnitProgress(bar, plan.units, done).news, _left(plan, done, job.limit)
         if workers > 1:
             run_in_processes(job, left, workers, news, stop)

@@ -1,34 +1,14 @@
-"""A progress bar over bytes of sources, with the tokens they have become."""
+"""Progress over bytes of sources, with the tokens they have become."""
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 from hqlt.data.sources import Unit
 from hqlt.data.writing import Done
-
-
-@contextmanager
-def byte_bar(label: str, total: int | None, done: int = 0) -> Iterator[tqdm[Any]]:
-    """A bar with rate and time left; in a log file a line every ten seconds."""
-    interactive = sys.stderr.isatty()
-    with tqdm(
-        total=total,
-        initial=done,
-        desc=label,
-        leave=False,
-        unit="B",
-        unit_scale=True,
-        mininterval=0.2 if interactive else 10.0,
-        dynamic_ncols=interactive,
-    ) as bar:
-        yield bar
 
 
 class UnitProgress:

@@ -15,7 +15,7 @@ from hqlt.models.files import save_model
 from hqlt.models.language_model import LanguageModel
 from hqlt.models.tokenizer import TOKENIZER
 from hqlt.training.claim import RECIPE
-from hqlt.training.snapshots import complete, read_weights
+from hqlt.training.snapshots import complete, saved_weights
 
 
 def whole_model(config: ModelConfig, weights: dict[str, Tensor]) -> LanguageModel:
@@ -58,7 +58,7 @@ def export_run(directory: Path, target: Path) -> str:
     if not found:
         raise FileNotFoundError(f"{directory} holds no complete checkpoint yet; let the run reach one")
     content = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-    model = whole_model(ModelConfig.from_dict(content["recipe"]["model"]), read_weights(found[-1]))
+    model = whole_model(ModelConfig.from_dict(content["recipe"]["model"]), saved_weights(found[-1]))
     with new_folder(target) as folder:
         save_with_tokenizer(model, directory, folder)
     return f"{sum(p.numel() for p in model.parameters()):,} parameters of {found[-1].name} written to {target}"

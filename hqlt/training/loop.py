@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from hqlt.files import write_jsonl
 from hqlt.models.language_model import LanguageModel
+from hqlt.progress import progress_bar
+from hqlt.stopping import Interrupted, stop_requests
 from hqlt.training.checkpoint import load_checkpoint, save_checkpoint
 from hqlt.training.config import TrainingConfig
 from hqlt.training.optimizer import make_adamw, scheduled_rate
@@ -28,7 +25,6 @@ from hqlt.training.optimizer import make_adamw, scheduled_rate
 Metrics = dict[str, Any]
 
 SAVE_EVERY = 20.0  # seconds
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -45,26 +41,6 @@ class Task:
     batch: Callable[..., tuple[Tensor, Tensor]]
     evaluate: Callable[[LanguageModel], Metrics]
     fingerprint: Metrics
-
-
-class Interrupted(Exception):  # noqa: N818 - a request, not an error
-    """Training stopped on request after saving; the same call resumes it.
-
-    Attributes:
-        signal: that asked for it in this process, if one did.
-    """
-
-    signal: int | None = None
-
-
-class StopRequest(threading.Event):
-    """Set when someone asks to stop.
-
-    Attributes:
-        signal: the last that asked.
-    """
-
-    signal: int | None = None
 
 
 def train(
@@ -114,7 +90,7 @@ def train(
         save_checkpoint(path, {**state, "identity": identity, "progress": progress})
 
     model.train()
-    with stop_requests() as stop, progress_bar(config.steps, progress["step"], label, position) as bar:
+    with stop_requests() as stop, progress_bar(label, config.steps, progress["step"], position=position) as bar:
         last_save = time.monotonic()
         while progress["step"] < config.steps:
             loss = _advance(model, optimizer, task, config, progress)
@@ -225,46 +201,4 @@ def _same_run(path: Path, saved: str, wanted: str) -> None:
     raise ValueError(
         f"{path} belongs to a run with another {', '.join(parts)} configuration; "
         "choose another output folder or delete this one"
-    )
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """An event that Ctrl-C and SIGTERM set instead of ending the process. Outside the main thread nothing sets it.
-
-    A second Ctrl-C ends the process at once.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def note(number: int, _: object) -> None:
-        stop.signal = number
-        stop.set()
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-
-    previous = [signal.signal(number, note) for number in STOP_SIGNALS]
-    try:
-        yield stop
-    finally:
-        for number, handler in zip(STOP_SIGNALS, previous, strict=True):
-            signal.signal(number, handler)
-
-
-def progress_bar(steps: int, done: int, label: str, position: int, silent: bool = False) -> tqdm[Any]:
-    """A progress bar with rate and time left; in a log file a line every ten seconds."""
-    interactive = sys.stderr.isatty()
-    return tqdm(
-        total=steps,
-        initial=done,
-        desc=label,
-        position=position,
-        leave=False,
-        unit="step",
-        mininterval=0.2 if interactive else 10.0,
-        dynamic_ncols=interactive,
-        disable=silent,
-        smoothing=0.1,
     )

@@ -11,8 +11,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from hqlt.machine import available_cores
-from hqlt.training.loop import STOP_SIGNALS, Interrupted, stop_requests
+from hqlt.stopping import STOP_SIGNALS, Interrupted, signals_held, stop_requests
 
 INTERRUPTED = 130
 
@@ -59,7 +58,7 @@ def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
                 slot = min(set(range(workers)) - set(running))
                 job = waiting.pop(0)
                 process = context.Process(target=_work, args=(job, slot, threads, lock), name=job.name)
-                with _signals_held():
+                with signals_held():
                     process.start()
                 running[slot] = (process, job)
             if not running:
@@ -80,19 +79,6 @@ def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
         raise RuntimeError(f"failed: {', '.join(failed)}; what was done is saved")
     if stop.is_set():
         raise Interrupted("stopped; progress is saved: run the same command to go on")
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Signals wait until the block ends. A process started in it keeps them waiting until it is ready for them."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _ask_to_stop(process: SpawnProcess) -> None:

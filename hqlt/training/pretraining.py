@@ -20,13 +20,15 @@ from hqlt.data.loader import Batch, Loader, rows_for_evaluation
 from hqlt.data.shards import TokenShards
 from hqlt.layers.state import ModelState
 from hqlt.models.language_model import LanguageModel
+from hqlt.progress import progress_bar
+from hqlt.stopping import Interrupted, StopRequest, stop_requests
 from hqlt.training.claim import claim
 from hqlt.training.distributed import Engine, World, gradients_stay, known_warnings, spread, whole
 from hqlt.training.export import save_with_tokenizer, whole_model
 from hqlt.training.journal import Journal
 from hqlt.training.lanes import joined, room, shared
 from hqlt.training.language import LanguageRecipe, Objective
-from hqlt.training.loop import Interrupted, StopRequest, progress_bar, smoothed_entropy, stop_requests
+from hqlt.training.loop import smoothed_entropy
 from hqlt.training.optimizer import make_adamw, scheduled_rate
 from hqlt.training.snapshots import Snapshots
 
@@ -185,7 +187,7 @@ class _Run:
         steps, watch = self.recipe.training.steps, self.watch
         self.module.train()
         label = self.directory.name if self.world.leads else ""
-        with progress_bar(steps, self.step, label, watch.position, silent=not self.world.leads) as bar:
+        with progress_bar(label, steps, self.step, position=watch.position, silent=not self.world.leads) as bar:
             saved = self.step
             while self.step < steps:
                 row = self._advance()

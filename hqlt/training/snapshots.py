@@ -176,7 +176,7 @@ def complete(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
+def saved_weights(path: Path) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of the module that was saved, whole, in this process.
 
     Raises:

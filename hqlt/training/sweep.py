@@ -133,8 +133,8 @@ def _on_cluster(
         raise ImportError("a cluster needs submitit: pip install 'hqlt[cluster]'") from error
     if not waiting:
         return
-    executor = submitit.AutoExecutor(folder=directory / "jobs", cluster=parameters.pop("cluster", None))
-    executor.update_parameters(**parameters)
+    executor = submitit.AutoExecutor(folder=directory / "jobs", cluster=parameters.get("cluster"))
+    executor.update_parameters(**{name: x for name, x in parameters.items() if name != "cluster"})
     with executor.batch():
         jobs = [executor.submit(_work, run, runs, directory, None) for run in waiting]
     ended: set[int] = set()

@@ -15,11 +15,11 @@ import torch
 
 from hqlt import MemoryConfig, ModelConfig
 from hqlt.data import TokenShards
+from hqlt.stopping import Interrupted
 from hqlt.training.config import TrainingConfig
 from hqlt.training.distributed import Engine, join
 from hqlt.training.journal import METRICS, read_metrics
 from hqlt.training.language import LanguageRecipe
-from hqlt.training.loop import Interrupted
 from hqlt.training.pretraining import Watch, pretrain
 from tests.data.corpora import documents, shards_of
 

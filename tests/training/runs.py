@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from hqlt import LanguageModel, MemoryConfig, ModelConfig
+from hqlt.stopping import Interrupted, stop_requests
 from hqlt.training.config import TrainingConfig
-from hqlt.training.loop import Interrupted, Metrics, Task, stop_requests, train
+from hqlt.training.loop import Metrics, Task, train
 
 DEADLINE = 30.0  # seconds until a test that went wrong ends
 MEMORY = MemoryConfig(hidden_size=8, num_heads=2, window=3)

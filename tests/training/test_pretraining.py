@@ -16,12 +16,12 @@ import torch
 
 from hqlt import LanguageModel, load_model
 from hqlt.data import Loader, TokenShards, rows_for_evaluation
+from hqlt.stopping import Interrupted
 from hqlt.training import pretraining, snapshots
 from hqlt.training.distributed import Engine, World, known_warnings
 from hqlt.training.export import export_run
 from hqlt.training.journal import METRICS, SAMPLES, read_metrics
 from hqlt.training.language import LanguageRecipe
-from hqlt.training.loop import Interrupted
 from hqlt.training.optimizer import make_adamw, scheduled_rate
 from hqlt.training.pretraining import Watch, pretrain
 from hqlt.training.snapshots import complete
@@ -322,7 +322,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypa
     with known_warnings():
         run_._save()
         run_.snapshots.wait()
-    saved = snapshots.read_weights(complete(tmp_path)[-1])
+    saved = snapshots.saved_weights(complete(tmp_path)[-1])
     assert all(torch.equal(saved[name], x) for name, x in before.items())
 
 
