@@ -249,6 +249,24 @@ def test_a_run_goes_on_with_other_processes(tmp_path, folder, sizes):
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in whole], abs=1e-9)
 
 
+def test_in_float32_other_processes_change_no_more_than_another_order_of_sums(tmp_path, folder):
+    made = recipe(packing="lanes", precision="float32")
+
+    def losses(name: str, size: int, micro_batch: int = 1) -> torch.Tensor:
+        rows = run(folder, tmp_path / name, made, size, engine={"micro_batch": micro_batch})
+        return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+
+    whole = losses("whole", 1)
+    spread = float((losses("other", 1, micro_batch=4) - whole).abs().max())
+    processes = start(folder, tmp_path / "run", made, 1)
+    while steps_done(tmp_path / "run") < 7 and any(p.is_alive() for p in processes):
+        time.sleep(0.005)
+    kill(processes)
+    resumed = losses("run", 2)
+    assert 0 < spread < 1e-4
+    assert float((resumed - whole).abs().max()) <= spread
+
+
 def survive(folder: Path, tmp_path: Path, size: int, moments: int, packing: str) -> int:
     """Kill a run at random moments until it has lived through so many; how many it did not survive."""
     made = recipe(packing=packing, precision="float32")
