@@ -75,6 +75,27 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def sole_user(directory: Path) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made; a process that is killed holds it no longer.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(directory / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another process works in {directory}; wait for it, stop it or choose another") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write one JSON object per line, atomically."""
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

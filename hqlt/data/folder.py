@@ -6,12 +6,12 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hqlt.data.manifest import MANIFEST, PROGRESS, Manifest
-from hqlt.files import write_text
+from hqlt.files import sole_user, write_text
 
 SETTINGS = "settings.json"
 
@@ -43,8 +43,7 @@ def work_folder(output: Path, settings: dict[str, Any], changed: str) -> Iterato
     progress = output / PROGRESS
     if output.exists() and not progress.is_dir() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already and holds something else; choose a new folder")
-    progress.mkdir(parents=True, exist_ok=True)
-    with _locked(progress / "lock", output):
+    with sole_user(progress):
         identity = settings | {"changed": changed}
         if (progress / SETTINGS).is_file():
             _same(output, json.loads((progress / SETTINGS).read_text(encoding="utf-8")), identity)
@@ -55,22 +54,6 @@ def work_folder(output: Path, settings: dict[str, Any], changed: str) -> Iterato
             yield
         finally:
             _sweep(output)
-
-
-@contextmanager
-def _locked(path: Path, output: Path) -> Iterator[None]:
-    """Another process that prepares the same folder is an error; the lock ends with the process."""
-    with path.open("w") as file:
-        with suppress(ModuleNotFoundError):  # Windows
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(f"another process is preparing {output}; wait for it or stop it") from None
-            except OSError:  # a file system without locks
-                pass
-        yield
 
 
 def _sweep(output: Path) -> None:

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from hqlt.files import atomic, write_text
+from hqlt.files import atomic, sole_user, write_text
 from hqlt.models.tokenizer import TOKENIZER
 from hqlt.training.distributed import World
 
 RECIPE = "recipe.json"
+
+
+@contextmanager
+def alone(directory: Path, world: World) -> Iterator[None]:
+    """No process outside of this world works in the folder until the block ends; all processes call this.
+
+    Raises:
+        BlockingIOError: one does, in every process.
+    """
+    with ExitStack() as stack:
+        error: BlockingIOError | None = None
+        try:
+            if world.leads:
+                stack.enter_context(sole_user(directory))
+        except BlockingIOError as found:
+            error = found
+        if world.any(error is not None):
+            raise error or BlockingIOError(f"another process works in {directory}")
+        yield
 
 
 def claim(directory: Path, identity: dict[str, Any], tokenizer: Path | None, world: World) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from hqlt.files import write_jsonl
+from hqlt.files import sole_user, write_jsonl
 from hqlt.models.language_model import LanguageModel
 from hqlt.progress import progress_bar
 from hqlt.stopping import Interrupted, stop_requests
@@ -66,31 +67,49 @@ def train(
     Raises:
         Interrupted: on request.
         ValueError: the directory holds a run of another configuration.
+        BlockingIOError: another process works in the directory.
         FloatingPointError: the loss is not finite.
     """
     identity = _identity(model, task, config)
     optimizer = make_adamw(model, config)
     path = directory / "checkpoint.pt"
-    saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
-    progress: Metrics = {"step": 0, "tokens": 0, "seconds": 0.0, "rows": []}
-    if config.curriculum is not None:
-        progress |= {"level": config.curriculum.start, "smooth": math.inf}
-    if saved is not None:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        torch.set_rng_state(saved["random"])
-        progress = saved["progress"]
+    with sole_user(directory):
+        saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
+        progress: Metrics = {"step": 0, "tokens": 0, "seconds": 0.0, "rows": []}
+        if config.curriculum is not None:
+            progress |= {"level": config.curriculum.start, "smooth": math.inf}
+        if saved is not None:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"])
+            progress = saved["progress"]
+        rows: list[Metrics] = progress["rows"]
+        write_jsonl(directory / "metrics.jsonl", rows)
+
+        def save() -> None:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+            save_checkpoint(path, {**state, "identity": identity, "progress": progress})
+
+        if progress["step"] < config.steps:
+            with progress_bar(label, config.steps, progress["step"], position=position) as bar:
+                _go_on(model, optimizer, task, config, progress, directory / "metrics.jsonl", save, bar)
+    return rows
+
+
+def _go_on(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    task: Task,
+    config: TrainingConfig,
+    progress: Metrics,
+    metrics: Path,
+    save: Callable[[], None],
+    bar: tqdm[Any],
+) -> None:
+    """Train to the last step, or to a request to stop."""
     rows: list[Metrics] = progress["rows"]
-    write_jsonl(directory / "metrics.jsonl", rows)
-    if progress["step"] == config.steps:
-        return rows
-
-    def save() -> None:
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
-        save_checkpoint(path, {**state, "identity": identity, "progress": progress})
-
     model.train()
-    with stop_requests() as stop, progress_bar(label, config.steps, progress["step"], position=position) as bar:
+    with stop_requests() as stop:
         last_save = time.monotonic()
         while progress["step"] < config.steps:
             loss = _advance(model, optimizer, task, config, progress)
@@ -101,7 +120,7 @@ def train(
             last = progress["step"] == config.steps
             if last or progress["step"] % config.evaluate_every == 0:
                 rows.append(_row(progress, loss, evaluate(model, task)))
-                with (directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                with metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             if last or stop.is_set() or time.monotonic() - last_save > SAVE_EVERY:
                 save()
@@ -109,7 +128,6 @@ def train(
             if stop.is_set() and not last:
                 done = f"{progress['step']} of {config.steps}"
                 raise Interrupted(f"stopped at step {done}; run the same command to go on")
-    return rows
 
 
 def evaluate(model: LanguageModel, task: Task) -> Metrics:

@@ -22,7 +22,7 @@ from hqlt.layers.state import ModelState
 from hqlt.models.language_model import LanguageModel
 from hqlt.progress import progress_bar
 from hqlt.stopping import Interrupted, StopRequest, stop_requests
-from hqlt.training.claim import claim
+from hqlt.training.claim import alone, claim
 from hqlt.training.distributed import Engine, World, gradients_stay, known_warnings, spread, whole
 from hqlt.training.export import save_with_tokenizer, whole_model
 from hqlt.training.journal import Journal
@@ -103,7 +103,7 @@ def pretrain(
         Interrupted: on request, after saving.
         ValueError: tokens outside the model's vocabulary, a batch that the processes cannot share, a directory with a
             run of another recipe, a damaged checkpoint.
-        OSError: a checkpoint could not be written.
+        OSError: a checkpoint could not be written, or another process works in the directory.
         FloatingPointError: too many gradients in a row were not finite.
     """
     for shards in (data, held_out):
@@ -112,7 +112,7 @@ def pretrain(
                 f"{shards!r} have {shards.vocab_size} token ids but the model {recipe.model.vocab_size}; "
                 "choose a recipe with this vocabulary or prepare the text with another tokenizer"
             )
-    with stop_requests() as stop, known_warnings():
+    with stop_requests() as stop, known_warnings(), alone(directory, world):
         run = _Run(recipe, data, held_out, directory, world, engine, watch)
         run.go_on()
         try:

@@ -235,7 +235,7 @@ def test_two_preparations_of_a_folder_at_once_are_refused(tmp_path, source, monk
 
     def again(*arguments: object) -> object:
         monkeypatch.undo()
-        with pytest.raises(ValueError, match="another process is preparing"):
+        with pytest.raises(BlockingIOError, match="another process works in"):
             prepared(source, tmp_path / "tokens", unit_bytes=1000)
         return run(*arguments)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hqlt import LanguageModel, MemoryConfig
+from hqlt.files import sole_user
 from hqlt.training import Curriculum, Interrupted, Task, evaluate, loop, train
 from hqlt.training.optimizer import warmup_cosine
 from tests.training.runs import CONFIG, batch, evaluate_tiny, tiny_model, tiny_task, untimed
@@ -215,6 +216,13 @@ def test_a_run_of_another_configuration_is_refused(tmp_path, part):
     with pytest.raises(ValueError, match=rf"checkpoint.pt belongs to a run with another {part} configuration"):
         train(**arguments, directory=tmp_path, label="tiny")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_in_which_another_process_works_is_refused(tmp_path):
+    with sole_user(tmp_path), pytest.raises(BlockingIOError, match="another process works in"):
+        finish(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= {".lock"}
+    finish(tmp_path)
 
 
 def test_every_part_that_differs_is_named(tmp_path):

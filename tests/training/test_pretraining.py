@@ -16,6 +16,7 @@ import torch
 
 from hqlt import LanguageModel, load_model
 from hqlt.data import Loader, TokenShards, rows_for_evaluation
+from hqlt.files import sole_user
 from hqlt.stopping import Interrupted
 from hqlt.training import pretraining, snapshots
 from hqlt.training.distributed import Engine, World, known_warnings
@@ -342,6 +343,17 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, data, monkeypa
         run_.snapshots.wait()
     saved = snapshots.saved_weights(complete(tmp_path)[-1])
     assert all(torch.equal(saved[name], x) for name, x in before.items())
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, folder, data):
+    """In every process, and nothing is touched; a process that is killed holds the folder no longer."""
+    made, output = recipe(), tmp_path / "run"
+    with sole_user(output):
+        with pytest.raises(BlockingIOError, match="another process works in"):
+            pretrain(made, data, None, output, ALONE, ONE, QUIET)
+        assert finish(start(folder, output, made, 2)) == [1, 1]
+        assert {path.name for path in output.iterdir()} <= {".lock"}
+    assert len(run(folder, output, made)) == 20
 
 
 def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, data, monkeypatch):
