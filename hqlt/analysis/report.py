@@ -120,6 +120,38 @@ def plot_panels(
     return figure
 
 
+def plot_groups(
+    panels: dict[str, dict[str, Curve]], x_label: str, y_label: str, *, logarithmic: bool = False
+) -> Figure:
+    """Named curves of percentages in panels side by side; a name looks the same in all of them.
+
+    Args:
+        panels: curves by name, by title.
+        logarithmic: the x axis.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    figure = Figure(figsize=(max(4.6, 2.6 * len(panels)) + 1.6, 3.4), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False).flatten()
+    lines = {}
+    for axes, (title, curves) in zip(grid, panels.items(), strict=True):
+        for name, points in curves.items():
+            n = names.index(name)
+            style = {"color": COLOURS[n % 6], "marker": MARKERS[n % 6], "linestyle": "-" if n < 6 else "--"}
+            (lines[name],) = axes.plot(*zip(*points, strict=True), **style, markersize=4, linewidth=1.4)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylim(-5, 105)
+        axes.grid(alpha=0.25)
+        if logarithmic:
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+    figure.supxlabel(x_label, fontsize=10)
+    figure.supylabel(y_label, fontsize=10)
+    figure.legend([lines[n] for n in names], names, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
 def plot_gates(gates: Tensor, text: list[int]) -> Figure:
     """Heat map of [layers, T] in 0 … 1 over the bytes of a text."""
     figure, axes = _figure(1.2 + 0.45 * gates.shape[0])

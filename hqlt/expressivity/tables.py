@@ -6,8 +6,9 @@ from collections import defaultdict
 from statistics import median
 from typing import TYPE_CHECKING
 
-from hqlt.analysis.report import Curve, plot_panels
-from hqlt.recipes.expressivity import MODELS, PRESETS
+from hqlt.analysis.report import Curve, plot_groups, plot_panels
+from hqlt.recipes.expressivity import MODELS
+from hqlt.recipes.settings import PRESETS, Setting
 from hqlt.results import Row, Summary, markdown_table
 from hqlt.tasks import TASKS
 
@@ -92,15 +93,40 @@ def summary_table(rows: list[Row], preset: str, task: str) -> str:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """A table of every preset and task that has rows, by name; one of the settings of a preset that differ."""
+    """A table of every preset and task that has rows, by name; one of each family, one of the settings that differ."""
     made: dict[str, str] = {}
     for preset, settings in PRESETS.items():
         with_rows = [name for name in settings if selected(rows, preset, name)]
-        differing = [name for name in with_rows if settings[name].differs]
-        made |= {f"{preset} {name}": summary_table(rows, preset, name) for name in with_rows if name not in differing}
+        alone = [name for name in with_rows if not settings[name].differs]
+        made |= {f"{preset} {name}": summary_table(rows, preset, name) for name in alone}
+        families = _families(settings, with_rows)
+        made |= {f"{preset} {family}": family_table(rows, preset, names) for family, names in families.items()}
+        differing = [name for name in with_rows if settings[name].differs and not settings[name].family]
         if differing:
             made[f"{preset} differing"] = differing_table(rows, preset, differing)
     return made
+
+
+def _families(settings: dict[str, Setting], names: list[str]) -> dict[str, list[str]]:
+    """Those of these settings that are of a family, by family."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if settings[name].family:
+            found[settings[name].family].append(name)
+    return found
+
+
+def family_table(rows: list[Row], preset: str, names: list[str]) -> str:
+    """Median ± median absolute deviation and the state's KiB of every model in settings of a family, as Markdown."""
+    lines: dict[str, dict[str, str]] = {model: {"model": model} for model in MODELS}
+    for name in names:
+        for model, found in selected(rows, preset, name).items():
+            summary, state = Summary.of([row["value"] for row in found]), found[0]["config"]["state_kib"]
+            cell = f"{summary.median:.1f} ± {summary.spread:.1f} ({state:,.1f} KiB)"
+            lines[model][PRESETS[preset][name].differs] = cell
+            lines[model]["seeds"] = str(summary.seeds)
+    columns = ("model", *(PRESETS[preset][name].differs for name in names), "seeds")
+    return markdown_table([line for line in lines.values() if len(line) > 1], columns)
 
 
 def differing_table(rows: list[Row], preset: str, names: list[str]) -> str:
@@ -138,22 +164,62 @@ def live_table(rows: list[Row]) -> str:
 
 
 def figures(rows: list[Row]) -> dict[str, Figure]:
-    """Accuracy by size and learning curves of every preset and task that has rows, a panel for every model."""
-    made = {}
+    """Accuracy by size and learning curves of every preset and task that has rows, a panel for every model.
+
+    Of a family instead: accuracy by size, a panel for every setting, and by the size of the state.
+    """
+    made: dict[str, Figure] = {}
     for preset, settings in PRESETS.items():
-        for task, setting in settings.items():
-            found = selected(rows, preset, task)
-            if setting.differs or not found:
-                continue
-            by_size = {model: [_by_size(row) for row in of] for model, of in found.items()}
-            curves = {model: [[(x, y) for x, y in row["curve"]] for row in of] for model, of in found.items()}
-            label = f"{TASKS[setting.task].metric.replace('_', ' ')} (%)"
-            size = TASKS[setting.task].size
-            made[f"{preset}_{task}_by_size"] = plot_panels(
-                by_size, size, label, marker=setting.trained[1], marker_label="longest in training"
-            )
-            made[f"{preset}_{task}_learning"] = plot_panels(curves, "training step", f"{label}, validation")
+        for name, setting in settings.items():
+            found = selected(rows, preset, name)
+            if found and not setting.differs:
+                made |= _figures_of(setting, found, f"{preset}_{name}")
+        for family, names in _families(settings, list(settings)).items():
+            cells = {settings[name].differs: of for name in names if (of := selected(rows, preset, name))}
+            if cells:
+                made |= _figures_of_family(settings[names[0]], cells, f"{preset}_{family}")
     return made
+
+
+def _figures_of(setting: Setting, found: dict[str, list[Row]], name: str) -> dict[str, Figure]:
+    size, label = TASKS[setting.task].size, _label(setting)
+    by_size = {model: [_by_size(row) for row in of] for model, of in found.items()}
+    curves = {model: [[(x, y) for x, y in row["curve"]] for row in of] for model, of in found.items()}
+    return {
+        f"{name}_by_size": plot_panels(
+            by_size, size, label, marker=setting.trained[1], marker_label="longest in training"
+        ),
+        f"{name}_learning": plot_panels(curves, "training step", f"{label}, validation"),
+    }
+
+
+def _figures_of_family(setting: Setting, cells: dict[str, dict[str, list[Row]]], name: str) -> dict[str, Figure]:
+    by_size = {
+        title: {model: _median([_by_size(row) for row in of]) for model, of in found.items()}
+        for title, found in cells.items()
+    }
+    by_state = {"": _by_state(cells)}
+    return {
+        f"{name}_by_size": plot_groups(by_size, TASKS[setting.task].size, _label(setting)),
+        f"{name}_by_state": plot_groups(by_state, "state (KiB)", _label(setting), logarithmic=True),
+    }
+
+
+def _label(setting: Setting) -> str:
+    return f"{TASKS[setting.task].metric.replace('_', ' ')} (%)"
+
+
+def _by_state(cells: dict[str, dict[str, list[Row]]]) -> dict[str, Curve]:
+    """Median over the seeds at the size of the state of each setting."""
+    points: dict[str, Curve] = defaultdict(list)
+    for found in cells.values():
+        for model, of in found.items():
+            points[model].append((of[0]["config"]["state_kib"], median(row["value"] for row in of)))
+    return {model: sorted(points[model]) for model in MODELS if model in points}
+
+
+def _median(curves: list[Curve]) -> Curve:
+    return [(points[0][0], median(y for _, y in points)) for points in zip(*curves, strict=True)]
 
 
 def _by_size(row: Row) -> Curve:

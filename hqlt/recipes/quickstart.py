@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from hqlt.config import MemoryConfig, ModelConfig
-from hqlt.recipes.expressivity import CPU_TRAINING
+from hqlt.recipes.settings import CPU_TRAINING
 from hqlt.training.config import Curriculum, TrainingConfig
 from hqlt.training.synthetic import SyntheticRecipe
 

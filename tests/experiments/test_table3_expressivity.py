@@ -190,6 +190,37 @@ def test_settings_that_differ_share_a_table():
     assert figures(rows) == {}
 
 
+def test_the_settings_of_a_family_are_columns_of_a_table_and_panels_of_a_figure():
+    names = ("mqar_4_8", "mqar_1_8")
+    values = {"deltanet": (10.0, 60.0), "synchronous": (80.0, 90.0)}
+    rows = [
+        row(model, task=name, seed=seed, value=value + 2 * seed, by_size={"1-4": 100.0, "5-8": value})
+        for model, both in values.items()
+        for name, value in zip(names, both, strict=True)
+        for seed in range(3)
+    ]
+    for one in rows:
+        one["config"] = one["config"] | {"state_kib": 2.0 if one["task"] == "mqar_4_8" else 8.0}
+    made = tables(merge([], rows))
+    assert list(made) == ["cpu mqar"]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in made["cpu mqar"].splitlines()]
+    assert lines[0] == ["model", "4 heads, window 8", "1 head, window 8", "seeds"]
+    assert lines[2:] == [
+        ["deltanet", "12.0 ± 2.0 (2.0 KiB)", "62.0 ± 2.0 (8.0 KiB)", "3"],
+        ["synchronous", "82.0 ± 2.0 (2.0 KiB)", "92.0 ± 2.0 (8.0 KiB)", "3"],
+    ]
+    drawn = figures(merge([], rows))
+    assert set(drawn) == {"cpu_mqar_by_size", "cpu_mqar_by_state"}
+    panels = drawn["cpu_mqar_by_size"].axes
+    assert [axes.get_title() for axes in panels] == lines[0][1:3]
+    assert [line.get_xydata().tolist() for line in panels[0].lines] == [
+        [[2.5, 100], [6.5, 10]],
+        [[2.5, 100], [6.5, 80]],
+    ]
+    (state,) = drawn["cpu_mqar_by_state"].axes
+    assert [line.get_xydata().tolist() for line in state.lines] == [[[2, 12], [8, 62]], [[2, 82], [8, 92]]]
+
+
 def test_every_model_has_a_panel():
     rows = merge([], [row(model, seed=seed) for model in MODELS for seed in range(2)])
     made = figures(rows)
