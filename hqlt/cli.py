@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hqlt.data.command import add_data
+from hqlt.evaluation.command import add_evaluate
 from hqlt.stopping import Interrupted
 from hqlt.train import add_train
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train(commands)
     _add_speech(commands)
     _add_score(commands)
+    add_evaluate(commands)
     _add_convert(commands)
     _add_bench(commands)
     return parser

@@ -10,11 +10,9 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from hqlt.models.files import load_model
-from hqlt.models.language_model import LanguageModel
+from hqlt.models.files import fingerprint, load_model
 from hqlt.models.state_files import read_notes
 from hqlt.models.streaming import StreamScore
 from hqlt.models.tokenizer import Tokenizer, load_tokenizer
@@ -41,7 +39,7 @@ def score_file(folder: Path, path: Path, progress: Path | None, chunk_size: int)
     tokenizer = load_tokenizer(folder, model.config.vocab_size)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    weights = _weights(model)
+    weights = fingerprint(model)
     text = _Text(tokenizer, path)
     start = StreamScore()
     if progress is not None and progress.exists():
@@ -122,11 +120,3 @@ class _Text:
 
 def _bytes(ids: list[int]) -> bytes:
     return np.asarray(ids, np.uint32).tobytes()
-
-
-def _weights(model: LanguageModel) -> str:
-    """A digest of all weights."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode() + weight.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from hqlt.layers.state import PER_TOKEN, MemoryState, compact
 from hqlt.layers.update_rules import RULES, UpdateRule
 from hqlt.ops import short_convolution
 from hqlt.ops.checks import state_dtype
+
+if TYPE_CHECKING:
+    from hqlt.layers.lesions import Lesion
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,12 @@ class HybridMemory(nn.Module):
         self.gate_proj = Linear(width, value_width, bias=False) if config.output_gate else None
         self.output_proj = ResidualLinear(value_width, width, bias=config.bias)
         self.dropout = make_dropout(config.dropout)
+        self.lesion: Lesion | None = None  # of hqlt.layers.lesions, for analysis
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """What the layer reads, in this order."""
+        return ("fw",) * (self.update_rule is not None) + ("kv",) * self.config.kv_memory
 
     def forward(
         self,
@@ -269,14 +278,23 @@ class HybridMemory(nn.Module):
         return query, _Tokens(key, value, beta, log_decay, inputs)
 
     def _output(self, x: Tensor, reads: list[Tensor]) -> Tensor:
+        if self.lesion is not None:
+            reads = self.lesion.reads(reads, self.memories)
         mixed = reads[0]
         if self.output_norm is not None:
-            mixed = self.output_norm(*(reads if self.mixer is None else self.mixer(x, *reads)))
+            mixed = self.output_norm(*(reads if self.mixer is None else self._blended(self.mixer, x, *reads)))
         mixed = mixed.flatten(2)
         if self.gate_proj is not None:
             mixed = mixed * F.silu(self.gate_proj(x))
         y: Tensor = self.dropout(self.output_proj(mixed))
         return y
+
+    def _blended(self, mixer: Mixer, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> tuple[Tensor, ...]:
+        """What the output norm takes."""
+        if self.lesion is not None and self.lesion.gate is not None:
+            return (torch.lerp(kv_read, fw_read, self.lesion.gate),)
+        parts: tuple[Tensor, ...] = mixer(x, fw_read, kv_read)
+        return parts
 
 
 @lru_cache(maxsize=64)

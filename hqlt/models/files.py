@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -120,3 +121,11 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
             raise FileNotFoundError(f"{directory} holds no {shard}; pass the folder of a model")
         weights.update(load_file(directory / shard))
     return weights
+
+
+def fingerprint(model: LanguageModel) -> str:
+    """SHA-256 of all weights, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode() + weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

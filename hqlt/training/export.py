@@ -54,11 +54,21 @@ def export_run(directory: Path, target: Path) -> str:
         FileNotFoundError: no checkpoint yet.
         ValueError: it cannot be read.
     """
+    model, checkpoint = newest_model(directory)
+    with new_folder(target) as folder:
+        save_with_tokenizer(model, directory, folder)
+    return f"{sum(p.numel() for p in model.parameters()):,} parameters of {checkpoint} written to {target}"
+
+
+def newest_model(directory: Path) -> tuple[LanguageModel, str]:
+    """The model of a run's newest checkpoint, and the checkpoint's name.
+
+    Raises:
+        FileNotFoundError: no checkpoint yet.
+        ValueError: it cannot be read.
+    """
     found = complete(directory)
     if not found:
         raise FileNotFoundError(f"{directory} holds no complete checkpoint yet; let the run reach one")
     content = json.loads((directory / RECIPE).read_text(encoding="utf-8"))
-    model = whole_model(ModelConfig.from_dict(content["recipe"]["model"]), saved_weights(found[-1]))
-    with new_folder(target) as folder:
-        save_with_tokenizer(model, directory, folder)
-    return f"{sum(p.numel() for p in model.parameters()):,} parameters of {found[-1].name} written to {target}"
+    return whole_model(ModelConfig.from_dict(content["recipe"]["model"]), saved_weights(found[-1])), found[-1].name

@@ -1,0 +1,1 @@
+"""Evaluation: the paper's tasks through lm-evaluation-harness, and recall that separates the two memories."""

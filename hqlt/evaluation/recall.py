@@ -1,0 +1,177 @@
+"""Recall against distance: what a model still knows of a fact that lies so many tokens back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hqlt.evaluation.factbook import Question, line, prompt_around, question, questions, read_documents
+from hqlt.evaluation.reading import log_likelihoods
+from hqlt.models.language_model import LanguageModel
+from hqlt.models.tokenizer import Tokenizer
+from hqlt.tasks.recall import associative_recall
+
+CHOICES = 5
+NEW_TOKENS = 48
+MQAR_PAIRS = 16
+Done = Callable[[int], object]
+
+
+def kv_recall(
+    model: LanguageModel, tokenizer: Tokenizer, path: Path, *, limit: int, seed: int, batch_size: int, max_length: int
+) -> dict[str, Any]:
+    """Questions about documents of keys and values, in the manner of FDA and SWDE: the document, then a key.
+
+    A document gives the lines around the field that fit the context.
+
+    Returns:
+        ``contains``: share of the greedy continuations, up to the end of the line, that have the value in them, in any
+        case; ``nats_per_token``: −ln p of the value; ``items``.
+    """
+    from hqlt.evaluation.harness import written_texts
+
+    asked = list(islice(questions(read_documents(path), seed, CHOICES), limit))
+    room = max_length - NEW_TOKENS
+    prompts, values = [], []
+    for item in asked:
+        ending = tokenizer.encode(question(item.key))
+        prompts.append((prompt_around(item, room - len(ending), tokenizer), ending))
+        values.append(tokenizer.encode(f" {item.value}"))
+    texts = written_texts(model, tokenizer, prompts, NEW_TOKENS, ("\n",), batch_size)
+    requests = [([*shared, *ending], value) for (shared, ending), value in zip(prompts, values, strict=True)]
+    scores = log_likelihoods(model, requests, batch_size=batch_size, max_length=max_length)
+    hits = [item.value.lower() in text.lower() for item, text in zip(asked, texts, strict=True)]
+    nats = -sum(score.nats for score in scores) / sum(map(len, values))
+    return {"contains": sum(hits) / len(hits), "nats_per_token": nats, "items": len(asked)}
+
+
+def document_recall(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    distances: Iterable[int],
+    limit: int,
+    seed: int,
+    batch_size: int,
+    done: Done | None = None,
+) -> dict[str, Any]:
+    """Accuracy against the tokens between a fact and the question about it, on documents of keys and values.
+
+    A prompt is the line with the fact, then as many tokens of the lines that follow it in its document (after the last
+    line, those before the fact) as the distance says, then the question. Of the true value and four that other
+    documents have in a field of that name, the model chooses the one whose log-likelihood the document raises most,
+    over what it is after the question alone. Chance is 1/5 whatever the values are like.
+
+    Returns:
+        ``accuracy`` and ``gain`` (mean nats by which the document raises the true value) per distance; ``items``: the
+        questions, the same ones at every distance; ``chance``.
+
+    Raises:
+        ValueError: no document is long enough for the largest distance.
+    """
+    distances = sorted(distances)
+    asked = []
+    for item in questions(read_documents(path), seed, CHOICES):
+        filler = _after(item, distances[-1], tokenizer)
+        if len(filler) == distances[-1]:
+            asked.append((item, filler))
+        if len(asked) == limit:
+            break
+    if not asked:
+        raise ValueError(f"no document of {path} has {distances[-1]} tokens beside a fact; choose smaller distances")
+    alone = _choice_nats(model, tokenizer, [(item, list(tokenizer.start)) for item, _ in asked], batch_size, None)
+    rows = []
+    for distance in distances:
+        contexts = [(item, _told(item, filler[:distance], tokenizer)) for item, filler in asked]
+        gains = _choice_nats(model, tokenizer, contexts, batch_size, done) - alone
+        right = (gains[:, :1] > gains[:, 1:]).all(1)
+        row = {"distance": distance, "accuracy": float(right.double().mean()), "gain": float(gains[:, 0].mean())}
+        rows.append(row)
+    return {"by_distance": rows, "items": len(asked), "chance": 1 / CHOICES}
+
+
+def _after(item: Question, count: int, tokenizer: Tokenizer) -> list[int]:
+    """The first tokens of the lines after a fact, or as many as there are."""
+    fields = item.document.fields
+    ids: list[int] = []
+    for field in (*fields[item.field + 1 :], *fields[: item.field]):
+        ids += tokenizer.encode(line(*field))
+        if len(ids) >= count:
+            break
+    return ids[:count]
+
+
+def _told(item: Question, filler: list[int], tokenizer: Tokenizer) -> list[int]:
+    return [*tokenizer.start, *tokenizer.encode(line(item.key, item.value)), *filler]
+
+
+def _choice_nats(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    contexts: list[tuple[Question, list[int]]],
+    batch_size: int,
+    done: Done | None,
+) -> torch.Tensor:
+    """ln p of every choice after a context and the question, the true value first: [items, choices]."""
+    requests = []
+    for item, context in contexts:
+        asked = [*context, *tokenizer.encode(question(item.key))]
+        requests += [(asked, tokenizer.encode(f" {value}")) for value in (item.value, *item.wrong)]
+    longest = max(len(context) + len(value) for context, value in requests)
+    scores = log_likelihoods(model, requests, batch_size=batch_size, max_length=longest, done=done)
+    return torch.tensor([score.nats for score in scores], dtype=torch.float64).view(-1, CHOICES)
+
+
+@torch.no_grad()
+def mqar_recall(
+    model: LanguageModel,
+    *,
+    distances: Iterable[int],
+    limit: int,
+    seed: int,
+    batch_size: int,
+    done: Done | None = None,
+) -> dict[str, Any]:
+    """Accuracy against the tokens between a pair and its key's return, in multi-query associative recall.
+
+    Sequences of 16 pairs and random tokens, keys returning at places drawn evenly; a question counts for the smallest
+    of the ``distances`` that is not below its own. Right is the likeliest token among those that are values.
+
+    Args:
+        limit: sequences.
+        distances: upper ends of the bins; the largest is the length of the sequences.
+
+    Returns:
+        ``by_distance``: ``accuracy`` and ``questions`` of every bin that has some; ``items``, ``chance``.
+
+    Raises:
+        ValueError: a vocabulary or a length that is too small.
+    """
+    bounds = torch.tensor(sorted(distances))
+    vocab_size, generator = model.config.vocab_size, torch.Generator().manual_seed(seed)
+    right, total = torch.zeros(len(bounds)), torch.zeros(len(bounds))
+    for start in range(0, limit, batch_size):
+        count = min(batch_size, limit - start)
+        ids, targets = associative_recall(
+            count, MQAR_PAIRS, int(bounds[-1]), generator, vocab_size=vocab_size, power=1.0
+        )
+        row, place = (targets >= 0).nonzero(as_tuple=True)
+        told = (ids[row, : 2 * MQAR_PAIRS : 2] == ids[row, place][:, None]).double().argmax(1)
+        hidden, _ = model.hidden_states(ids.to(model.norm.weight.device))
+        values = model.head(hidden[row, place])[:, vocab_size // 2 :].argmax(1).cpu() + vocab_size // 2
+        bin_of = torch.bucketize(place - (2 * told + 1), bounds)
+        right += torch.bincount(bin_of, (values == targets[row, place]).double(), minlength=len(bounds))
+        total += torch.bincount(bin_of, minlength=len(bounds))
+        if done is not None:
+            done(count)
+    rows = [
+        {"distance": int(bound), "accuracy": float(hit / n), "questions": int(n)}
+        for bound, hit, n in zip(bounds, right, total, strict=True)
+        if n
+    ]
+    return {"by_distance": rows, "items": limit, "chance": 1 / (vocab_size - vocab_size // 2)}
