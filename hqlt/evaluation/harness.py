@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from hqlt.evaluation.reading import check_reading, continue_greedily, log_likelihoods
+from hqlt.evaluation.reading import check_reading, log_likelihoods, written_texts
 from hqlt.models.language_model import LanguageModel
 from hqlt.models.modeling_hqlt import HQLTForCausalLM
 from hqlt.models.tokenizer import TOKENIZER, Tokenizer
@@ -94,37 +94,6 @@ class HarnessModel(HFLM):
             raise ValueError(f"{count} new tokens leave no room for a prompt in max_length={self.max_length}")
         ids = [self.tok_encode(prompt)[-room:] or [self.prefix_token_id] for prompt in prompts]
         return written_texts(self._plain, self._own, [([], x) for x in ids], count, stops, self.batch_size, done)
-
-
-def written_texts(
-    model: LanguageModel,
-    tokenizer: Tokenizer,
-    prompts: list[tuple[list[int], list[int]]],
-    count: int,
-    stops: tuple[str, ...],
-    batch_size: int,
-    done: Any = None,
-) -> list[str]:
-    """What a model writes greedily after prompts, up to the first stop text or the end of the document.
-
-    Args:
-        prompts: ids that may be shared with other prompts, and the rest, as
-            :func:`hqlt.evaluation.reading.continue_greedily` takes them.
-    """
-    texts = [""] * len(prompts)
-    decoders = [tokenizer.stream([*shared, *rest]) for shared, rest in prompts]
-    end = tokenizer.start[-1] if tokenizer.start else None
-
-    def finished(prompt: int, token: int) -> bool:
-        if token == end:
-            return True
-        texts[prompt] += decoders[prompt](token)
-        return any(stop in texts[prompt] for stop in stops)
-
-    continue_greedily(model, prompts, count, batch_size=batch_size, finished=finished, done=done)
-    for stop in stops:
-        texts = [text.split(stop)[0] for text in texts]
-    return texts
 
 
 def document_start(tokenizer: Tokenizer) -> int:

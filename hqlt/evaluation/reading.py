@@ -16,6 +16,7 @@ from torch import Tensor
 from hqlt.layers.state import ModelState
 from hqlt.models.language_model import LanguageModel
 from hqlt.models.streaming import PIECE
+from hqlt.models.tokenizer import Tokenizer
 
 Ids = Sequence[int]
 Item = TypeVar("Item")
@@ -198,3 +199,34 @@ def continue_greedily(
         if done is not None:
             done(len(batch))
     return written
+
+
+def written_texts(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[tuple[Ids, Ids]],
+    count: int,
+    stops: tuple[str, ...],
+    batch_size: int,
+    done: Callable[[int], object] | None = None,
+) -> list[str]:
+    """What a model writes greedily after prompts, up to the first stop text or the end of the document.
+
+    Args:
+        prompts: ids that may be shared with other prompts, and the rest, as
+            :func:`continue_greedily` takes them.
+    """
+    texts = [""] * len(prompts)
+    decoders = [tokenizer.stream([*shared, *rest]) for shared, rest in prompts]
+    end = tokenizer.start[-1] if tokenizer.start else None
+
+    def finished(prompt: int, token: int) -> bool:
+        if token == end:
+            return True
+        texts[prompt] += decoders[prompt](token)
+        return any(stop in texts[prompt] for stop in stops)
+
+    continue_greedily(model, prompts, count, batch_size=batch_size, finished=finished, done=done)
+    for stop in stops:
+        texts = [text.split(stop)[0] for text in texts]
+    return texts
