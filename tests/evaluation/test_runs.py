@@ -2,13 +2,16 @@
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from hqlt.cli import main
 from hqlt.evaluation.runs import Evaluation, evaluate
+from hqlt.evaluation.sources import find_source, read_rows
 from hqlt.evaluation.tasks import FILES
 from tests.evaluation.subjects import KINDS, ROWS, saved, small_model, subject, unigram_model, write_rows
 
@@ -50,19 +53,19 @@ class Unigram:
         scores = [self.nats(f" {x}") / (len(x) if normalised else 1) for x in choices]
         return scores.index(max(scores)) == gold
 
-    def expected(self) -> dict[str, dict[str, float]]:
+    def expected(self, rows: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
         from lm_eval.tasks.hellaswag.utils import preprocess
         from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
-        pages = ROWS["wikitext"]
+        pages = rows["wikitext"]
         total = sum(self.nats(wikitext_detokenizer(row)) for row in pages)
         words = sum(len(re.split(r"\s+", row["page"])) for row in pages)
         size = sum(len(row["page"].encode()) for row in pages)
-        last = [" " + row["text"].split(" ")[-1] for row in ROWS["lambada_openai"]]
-        piqa = [([row["sol1"], row["sol2"]], row["label"]) for row in ROWS["piqa"]]
-        hellaswag = [([preprocess(x) for x in row["endings"]], int(row["label"])) for row in ROWS["hellaswag"]]
+        last = [" " + row["text"].split(" ")[-1] for row in rows["lambada_openai"]]
+        piqa = [([row["sol1"], row["sol2"]], row["label"]) for row in rows["piqa"]]
+        hellaswag = [([preprocess(x) for x in row["endings"]], int(row["label"])) for row in rows["hellaswag"]]
         arc = {
-            task: [(row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])) for row in ROWS[task]]
+            task: [(row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])) for row in rows[task]]
             for task in ("arc_easy", "arc_challenge")
         }
         found = {
@@ -76,7 +79,7 @@ class Unigram:
                 "acc": mean([set(word.encode()) == {self.best} for word in last]),
             },
             # The continuation is the same after both options: a draw, which goes to the first.
-            "winogrande": {"acc": mean([row["answer"] == "1" for row in ROWS["winogrande"]])},
+            "winogrande": {"acc": mean([row["answer"] == "1" for row in rows["winogrande"]])},
         }
         for task, items in {"piqa": piqa, "hellaswag": hellaswag, **arc}.items():
             found[task] = {
@@ -84,8 +87,8 @@ class Unigram:
                 "acc_norm": mean([self.chosen(*item, normalised=True) for item in items]),
             }
         written = "" if self.best == ord("\n") else chr(self.best) * 48
-        for task in ("squad_completion", "swde", "fda"):
-            values = [row["value"].strip() for row in ROWS[task] if len(row.get("key", "key")) > 1]
+        for task in rows.keys() & {"squad_completion", "swde", "fda"}:
+            values = [row["value"].strip() for row in rows[task] if len(row.get("key", "key")) > 1]
             found[task] = {"contains": mean([value.lower() in written.lower() for value in values])}
         return found
 
@@ -97,7 +100,7 @@ def mean(values: list) -> float:
 def test_a_model_that_knows_nothing_scores_what_it_must(data, tmp_path):
     logits = torch.zeros(256, dtype=torch.float64)
     found = run(unigram_model(logits), data, tmp_path)
-    expected = Unigram(logits).expected()
+    expected = Unigram(logits).expected(ROWS)
     assert found.keys() == expected.keys()
     for task, values in expected.items():
         assert found[task] == pytest.approx(values, rel=1e-9), task
@@ -108,9 +111,25 @@ def test_a_model_of_single_bytes_scores_what_it_must(data, tmp_path):
     logits = torch.randn(256, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     logits[ord("a")] = 5.0
     found = run(unigram_model(logits), data, tmp_path, batch_size=3)
-    for task, values in Unigram(logits).expected().items():
+    for task, values in Unigram(logits).expected(ROWS).items():
         assert found[task] == pytest.approx(values, rel=1e-9), task
     assert (found["squad_completion"]["contains"], found["swde"]["contains"]) == (0.5, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "HQLT_EVALUATION_DATA" not in os.environ, reason="HQLT_EVALUATION_DATA names no folder of whole sets"
+)
+def test_whole_sets_score_what_they_must(tmp_path):
+    folder = Path(os.environ["HQLT_EVALUATION_DATA"])
+    rows = {task: read_rows(task, find_source(task, folder)) for task in (*LANGUAGE, "squad_completion")}
+    logits = torch.zeros(256, dtype=torch.float64)
+    wanted = Evaluation(tasks=tuple(rows), data={"": folder}, batch_size=64)
+    results, errors = evaluate(subject(unigram_model(logits), tmp_path), wanted, tmp_path)
+    assert errors == {}
+    assert {result["task"]: result["items"] for result in results} == {task: len(found) for task, found in rows.items()}
+    for task, values in Unigram(logits).expected(rows).items():
+        assert metrics(results)[task] == pytest.approx(values, rel=1e-9), task
 
 
 @pytest.mark.parametrize("kind", KINDS)
