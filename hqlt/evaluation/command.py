@@ -13,7 +13,7 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "evaluate",
         help="the paper's evaluation, and recall that separates the memories",
         description="Run tasks of lm-evaluation-harness, and of our own: kv_recall (questions about documents of keys "
-        "and values), recall (the same against the distance between fact and question), mqar (the same on random "
+        "and values), recall (the same against the distance between fact and question), mqar (associative recall of "
         "tokens), positions (perplexity by position in a text of any length). Finished tasks are kept: repeat the "
         "command to go on.",
     )
@@ -39,6 +39,7 @@ def add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--max-length", type=int, default=2048, help="context of every kind of model, in tokens (default: 2048)"
     )
     command.add_argument("--dtype", default="float32", help="float64, float32 or bfloat16 (default: float32)")
+    command.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
     command.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     command.add_argument(
         "--lesion",
@@ -75,7 +76,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         seed=options.seed,
     )
-    subject = Subject.load(options.model, options.dtype)
+    subject = Subject.load(options.model, options.dtype, options.device)
     name = _model_name(options.model)
     output = options.output or Path("runs/evaluation") / name
     results, errors = evaluate(subject, wanted, output)

@@ -139,8 +139,9 @@ def mqar_recall(
 ) -> dict[str, Any]:
     """Accuracy against the tokens between a pair and its key's return, in multi-query associative recall.
 
-    Sequences of 16 pairs and random tokens, keys returning at places drawn evenly; a question counts for the smallest
-    of the ``distances`` that is not below its own. Right is the likeliest token among those that are values.
+    Sequences of 16 pairs, or as many as fit, then zeros in which the keys return at places drawn evenly; a question
+    counts for the smallest of the ``distances`` that is not below its own. Right is the likeliest token among those
+    that are values.
 
     Args:
         limit: sequences.
@@ -154,14 +155,15 @@ def mqar_recall(
     """
     bounds = torch.tensor(sorted(distances))
     vocab_size, generator = model.config.vocab_size, torch.Generator().manual_seed(seed)
+    pairs = min(MQAR_PAIRS, int(bounds[-1]) // 4, vocab_size // 2 - 1)
     right, total = torch.zeros(len(bounds)), torch.zeros(len(bounds))
     for start in range(0, limit, batch_size):
         count = min(batch_size, limit - start)
         ids, targets = associative_recall(
-            count, MQAR_PAIRS, int(bounds[-1]), generator, vocab_size=vocab_size, power=1.0
+            count, pairs, int(bounds[-1]), generator, vocab_size=vocab_size, power=1.0, fill=False
         )
         row, place = (targets >= 0).nonzero(as_tuple=True)
-        told = (ids[row, : 2 * MQAR_PAIRS : 2] == ids[row, place][:, None]).double().argmax(1)
+        told = (ids[row, : 2 * pairs : 2] == ids[row, place][:, None]).double().argmax(1)
         hidden, _ = model.hidden_states(ids.to(model.norm.weight.device))
         values = model.head(hidden[row, place])[:, vocab_size // 2 :].argmax(1).cpu() + vocab_size // 2
         bin_of = torch.bucketize(place - (2 * told + 1), bounds)

@@ -34,12 +34,18 @@ class Subject:
     trained_length: int | None
 
     @classmethod
-    def load(cls, folder: Path, dtype: str = "float32") -> Subject:
+    def load(cls, folder: Path, dtype: str = "float32", device: str | None = None) -> Subject:
         """The model of a folder; of a run the finished one, or that of its newest checkpoint.
+
+        Args:
+            folder: of a model or of a run.
+            dtype: that the weights are converted to: float64, float32 or bfloat16.
+            device: where it computes; None: a GPU if there is one.
 
         Raises:
             FileNotFoundError: no model there.
-            ValueError: files that are damaged, or a dtype that is none of float64, float32 and bfloat16.
+            ValueError: files that are damaged, or another dtype.
+            RuntimeError: a device that is none.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
@@ -52,7 +58,8 @@ class Subject:
             folder = folder / MODEL if is_run(folder) else folder
             model = load_model(folder)
         identity = fingerprint(model)
-        return cls(model.to(DTYPES[dtype]), folder, identity, _trained_length(run))
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model.to(place, DTYPES[dtype]), folder, identity, _trained_length(run))
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -137,10 +137,11 @@ class Lookup(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(1)
 
     def hidden_states(self, ids):
+        pairs = min(16, ids.shape[1] // 4)
         values = torch.zeros(*ids.shape, self.config.vocab_size)
         for row in range(len(ids)):
-            for place in range(32, ids.shape[1]):
-                told = (ids[row, 0:32:2] == ids[row, place]).nonzero()
+            for place in range(2 * pairs, ids.shape[1]):
+                told = (ids[row, 0 : 2 * pairs : 2] == ids[row, place]).nonzero()
                 if len(told):
                     key = 2 * int(told[0])
                     right = int(ids[row, key + 1])
@@ -160,6 +161,7 @@ def test_mqar_is_binned_by_the_distance_from_the_pair():
     assert accuracy == {16: 1.0, 32: 1.0, 64: 1.0, 128: 0.0}
     assert sum(row["questions"] for row in found["by_distance"]) == 12 * 16
     assert found["chance"] == 1 / 32
+    assert mqar_recall(Lookup(64), **{**settings, "distances": [16]})["by_distance"][0]["questions"] == 12 * 4
     assert {r["accuracy"] for r in mqar_recall(Lookup(32), **settings)["by_distance"][:2]} == {1.0}
     assert mqar_recall(Lookup(32), **settings)["by_distance"][2]["accuracy"] == 0.0
 

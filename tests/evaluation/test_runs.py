@@ -231,6 +231,7 @@ def test_the_command_reports_failures_and_finishes_the_rest(data, tmp_path, caps
         (["--tasks", "piqa", "--max-length", "-1"], "max_length=-1 must be"),
         (["--tasks", "piqa", "--limit", "0"], "limit=0 must be"),
         (["--tasks", "piqa", "--dtype", "int8"], "dtype='int8' must be one of float64"),
+        (["--tasks", "piqa", "--device", "abacus"], "abacus"),
         (["--tasks", "piqa", "--data", "nowhere"], "there is no nowhere"),
         (["--tasks", "piqa", "--data", "piqqa=."], "there is no task 'piqqa'"),
     ],
