@@ -23,7 +23,15 @@ Done = Callable[[int], object]
 
 
 def kv_recall(
-    model: LanguageModel, tokenizer: Tokenizer, path: Path, *, limit: int, seed: int, batch_size: int, max_length: int
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    path: Path,
+    *,
+    limit: int,
+    seed: int,
+    batch_size: int,
+    max_length: int,
+    done: Done | None = None,
 ) -> dict[str, Any]:
     """Questions about documents of keys and values, in the manner of FDA and SWDE: the document, then a key.
 
@@ -40,7 +48,7 @@ def kv_recall(
         ending = tokenizer.encode(question(item.key))
         prompts.append((prompt_around(item, room - len(ending), tokenizer), ending))
         values.append(tokenizer.encode(f" {item.value}"))
-    texts = written_texts(model, tokenizer, prompts, NEW_TOKENS, ("\n",), batch_size)
+    texts = written_texts(model, tokenizer, prompts, NEW_TOKENS, ("\n",), batch_size, done)
     requests = [([*shared, *ending], value) for (shared, ending), value in zip(prompts, values, strict=True)]
     scores = log_likelihoods(model, requests, batch_size=batch_size, max_length=max_length)
     hits = [item.value.lower() in text.lower() for item, text in zip(asked, texts, strict=True)]

@@ -170,14 +170,14 @@ def _run(subject: Subject, wanted: Evaluation, task: str) -> dict[str, Result]:
 
 def _own(subject: Subject, wanted: Evaluation, task: str, limit: int, done: Callable[[int], object]) -> dict[str, Any]:
     model = subject.model
-    drawn: dict[str, Any] = {"limit": limit, "seed": wanted.seed, "batch_size": wanted.batch_size}
+    drawn: dict[str, Any] = {"limit": limit, "seed": wanted.seed, "batch_size": wanted.batch_size, "done": done}
     if task == "mqar":
-        return mqar_recall(model, distances=wanted.distances, done=done, **drawn)
+        return mqar_recall(model, distances=wanted.distances, **drawn)
     path, tokenizer = _own_file(wanted, task), subject.tokenizer
     if task == "positions":
         return perplexity_by_position(model, tokenizer, path, max_length=wanted.max_length, done=done)
     if task == "recall":
-        return document_recall(model, tokenizer, path, distances=wanted.distances, done=done, **drawn)
+        return document_recall(model, tokenizer, path, distances=wanted.distances, **drawn)
     return kv_recall(model, tokenizer, path, max_length=wanted.max_length, **drawn)
 
 
