@@ -89,7 +89,7 @@ def perplexity_by_position(
                 sums[place][0] += tokens
                 sums[place][1] += nats
     rows = [
-        {"from": a, "to": b, "tokens": tokens, "perplexity": math.exp(nats / tokens)}
+        {"from": a, "to": min(b, whole), "tokens": tokens, "perplexity": math.exp(nats / tokens)}
         for (a, b), (tokens, nats) in zip(pairwise(borders), sums, strict=True)
         if tokens
     ]

@@ -127,6 +127,10 @@ def _figure(
     axes = figure.axes[0]
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    if chance is None:  # perplexities, which lesions raise manifold
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("{x:,.0f}")
     if subject.trained_length is not None:
         axes.axvline(
             subject.trained_length,
