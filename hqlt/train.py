@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hqlt.rl.command import add_rl
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -24,8 +26,8 @@ SAMPLE_TOKENS = 200
 
 
 def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """`hqlt train lm`."""
-    train = commands.add_parser("train", help="train a language model, on one device or many")
+    """`hqlt train lm` and `hqlt train rl`."""
+    train = commands.add_parser("train", help="train a language model or an agent")
     kinds = train.add_subparsers(required=True, metavar="KIND")
     command = kinds.add_parser(
         "lm",
@@ -46,6 +48,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("--devices", type=int, help="dry run: how many (default: 1)")
     command.add_argument("--utilisation", type=float, help="dry run: share of their peak (default: 0.3)")
     command.set_defaults(run=train_lm)
+    add_rl(kinds)
 
 
 def _add_recipe(command: argparse.ArgumentParser) -> None:
