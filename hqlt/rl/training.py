@@ -70,6 +70,7 @@ class Run:
         self.optimizer = make_optimizer(self.agent, recipe.sac)
         self.replay = Replay(recipe.replay_episodes, recipe.world.episode_length)
         self.episodes = self.updates = self.owed = self.env_steps = 0
+        self.evaluated = -1
         self.seconds = {"collect": 0.0, "update": 0.0, "evaluate": 0.0}
         self.collected: dict[str, float] = {}
         self.found: dict[str, Tensor] = {}
@@ -123,6 +124,7 @@ class Run:
         started = time.monotonic()
         measured = evaluate(self.recipe, self.agent)
         self.seconds["evaluate"] += time.monotonic() - started
+        self.evaluated = self.episodes
         return {
             "step": self.episodes,
             "env_steps": self.env_steps,
@@ -135,7 +137,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a later process needs to go on exactly."""
-        plain = ("episodes", "updates", "owed", "env_steps", "seconds", "collected", "found")
+        plain = ("episodes", "updates", "owed", "env_steps", "evaluated", "seconds", "collected", "found")
         parts = {name: getattr(self, name).state_dict() for name in ("agent", "optimizer", "replay")}
         return {**parts, "progress": {name: getattr(self, name) for name in plain}}
 
@@ -189,11 +191,11 @@ def train(
     saved = load_checkpoint(path, lambda content: None)
     if saved is not None:
         run.load_state_dict(saved)
-    done = saved["rows"] if saved is not None else 0
-    journal = Journal(directory, run.episodes if done else -1, tensorboard=tensorboard, wandb=None, config=identity)
+    # Rows after the last evaluation that the checkpoint knows will be written again.
+    journal = Journal(directory, run.evaluated, tensorboard=tensorboard, wandb=None, config=identity)
 
     def save() -> None:
-        save_checkpoint(path, {"identity": "rl", "rows": len(journal.rows), **run.state_dict()})
+        save_checkpoint(path, {"identity": identity, **run.state_dict()})
 
     with stop_requests() as stop, progress_bar(recipe.episodes, run.episodes, directory.name, 0, silent) as bar:
         last_save = time.monotonic()

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import signal
@@ -7,7 +8,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +16,7 @@ from hqlt.recipes.reinforcement_learning import VISUAL_MATCH, visual_match
 from hqlt.rl.config import AgentConfig, LSTMConfig, RLRecipe, SACConfig, WorldConfig
 from hqlt.rl.environments.boards import COLOURS
 from hqlt.rl.training import CHECKPOINT, LAYOUT, OTHER_LAYOUT, Run, door_layout, train
-from hqlt.training.checkpoint import load_checkpoint
+from hqlt.training.checkpoint import load_checkpoint, save_checkpoint
 from tests.rl.runs import ALONE, TINY
 
 
@@ -66,6 +66,27 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     rows = train(TINY, directory, ALONE, silent=True)
     assert untimed(rows) == untimed(whole)
     assert same(weights(directory), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("call", [9, 15])
+def test_a_crash_between_a_row_and_its_checkpoint_leaves_no_row_twice(tmp_path, monkeypatch, call):
+    import hqlt.rl.training as training
+
+    whole = train(TINY, tmp_path / "whole", ALONE, silent=True)
+    calls = itertools.count(1)
+
+    def save(path: Path, content: dict) -> None:
+        if next(calls) == call:
+            raise OSError("the disk is full")
+        save_checkpoint(path, content)
+
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(training, "save_checkpoint", save)
+    with pytest.raises(OSError, match="the disk is full"):
+        train(TINY, tmp_path / "crashed", ALONE, silent=True)
+    has_row = (tmp_path / "crashed" / "metrics.jsonl").read_text().count("step")
+    assert bool(has_row) == (call == 15)
+    assert untimed(train(TINY, tmp_path / "crashed", ALONE, silent=True)) == untimed(whole)
 
 
 def test_a_folder_of_another_recipe_is_refused(tmp_path):
@@ -141,10 +162,11 @@ def test_the_command_trains_goes_on_and_films(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["train", "rl"]) == 0
     assert capsys.readouterr().out.split() == list(VISUAL_MATCH)
-    command = (
-        "train rl visual_match_15 --episodes 5 --random-episodes 3 --num-envs 2 --batch-size 2 --updates-per-step 0.02 "
+    options = (
+        "--episodes 5 --random-episodes 3 --num-envs 2 --batch-size 2 --updates-per-step 0.02 "
         "--evaluate-episodes 3 --seed 1 --device cpu --no-tensorboard --video film.gif"
-    ).split()
+    )
+    command = ["train", "rl", "visual_match_15", *options.split()]
     assert main(command) == 0
     row = json.loads(capsys.readouterr().out)
     assert row["output"] == "runs/rl/visual_match_15-hqlt-1"
