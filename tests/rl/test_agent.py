@@ -95,7 +95,7 @@ def images(batch: int, length: int) -> Tensor:
 
 def make(memory: str) -> Agent:
     """An agent whose weights are large enough that memory matters."""
-    agent = Agent(visual_match("visual_match_15", memory).agent).eval()
+    agent = Agent(visual_match("visual_match_750", memory).agent).eval()
     with torch.no_grad():
         for weight in agent.memory.parameters():
             if weight.dim() > 1:

@@ -175,7 +175,7 @@ def test_the_command_trains_goes_on_and_films(tmp_path, capsys, monkeypatch):
 
     with Image.open("film.gif") as film:
         assert film.n_frames > 1  # identical neighbours become one longer frame
-        assert film.size == (176, 112 + 3 * 14)
+        assert film.size == (176, 112 + 2 * 14)
     assert main([*command, "--stateless-rollouts"]) == 1
     assert "differs in stateless_rollouts (False, now True)" in capsys.readouterr().err
     assert main(["train", "rl", "visual_match_15", "--model", "gru"]) == 1
