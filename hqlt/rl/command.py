@@ -60,7 +60,7 @@ def add_rl(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
 def train_rl(options: argparse.Namespace) -> int:
     """Run the command. To have saved because SIGTERM asked for it is a success: who sends it starts the run again."""
     from hqlt.recipes.reinforcement_learning import VISUAL_MATCH, visual_match
-    from hqlt.training.loop import Interrupted
+    from hqlt.stopping import Interrupted
 
     if options.recipe is None:
         print("\n".join(VISUAL_MATCH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
+from tqdm import tqdm
 
+from hqlt.progress import progress_bar
 from hqlt.rl.agent import Agent
 from hqlt.rl.config import RLRecipe
 from hqlt.rl.environments import VisualMatchVectorEnv
@@ -20,11 +23,11 @@ from hqlt.rl.environments.boards import COLOURS
 from hqlt.rl.replay import Replay
 from hqlt.rl.rollout import Rollout, roll_out
 from hqlt.rl.sac import make_optimizer, update
+from hqlt.stopping import Interrupted, stop_requests
 from hqlt.training.checkpoint import load_checkpoint, save_checkpoint
-from hqlt.training.claim import claim
+from hqlt.training.claim import alone, claim
 from hqlt.training.distributed import World
 from hqlt.training.journal import Journal
-from hqlt.training.loop import Interrupted, progress_bar, stop_requests
 
 CHECKPOINT = "checkpoint.pt"
 SAVE_EVERY = 60.0  # seconds
@@ -169,7 +172,13 @@ def evaluate(recipe: RLRecipe, agent: Agent) -> dict[str, float]:
 
 
 def train(
-    recipe: RLRecipe, directory: Path, world: World, *, tensorboard: bool = False, silent: bool = False
+    recipe: RLRecipe,
+    directory: Path,
+    world: World,
+    *,
+    tensorboard: bool = False,
+    silent: bool = False,
+    position: int = 0,
 ) -> list[dict[str, Any]]:
     """Train, or finish what an earlier call began; the result is the same bit for bit on a CPU.
 
@@ -182,22 +191,34 @@ def train(
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the same call goes on.
         ValueError: the directory belongs to a run of another recipe; several processes.
+        BlockingIOError: another process works in the directory.
     """
     if world.size > 1:
         raise ValueError("an agent is trained by one process; start it without torchrun")
     identity = dataclasses.asdict(recipe)
-    claim(directory, identity, None, world)
-    run, path = Run(recipe, world.device), directory / CHECKPOINT
-    saved = load_checkpoint(path, lambda content: None)
-    if saved is not None:
-        run.load_state_dict(saved)
-    # Rows after the last evaluation that the checkpoint knows will be written again.
-    journal = Journal(directory, run.evaluated, tensorboard=tensorboard, wandb=None, config=identity)
+    with alone(directory, world):
+        claim(directory, identity, None, world)
+        run, path = Run(recipe, world.device), directory / CHECKPOINT
+        saved = load_checkpoint(path, lambda content: None)
+        if saved is not None:
+            run.load_state_dict(saved)
+        # Rows after the last evaluation that the checkpoint knows will be written again.
+        journal = Journal(directory, run.evaluated, tensorboard=tensorboard, wandb=None, config=identity)
 
-    def save() -> None:
-        save_checkpoint(path, {"identity": identity, **run.state_dict()})
+        def save() -> None:
+            save_checkpoint(path, {"identity": identity, **run.state_dict()})
 
-    with stop_requests() as stop, progress_bar(recipe.episodes, run.episodes, directory.name, 0, silent) as bar:
+        with progress_bar(
+            directory.name, recipe.episodes, run.episodes, unit="episode", position=position, silent=silent
+        ) as bar:
+            _go_on(run, journal, save, bar)
+        journal.close()
+    return journal.rows
+
+
+def _go_on(run: Run, journal: Journal, save: Callable[[], None], bar: tqdm[Any]) -> None:
+    """Train to the end, or to a request to stop."""
+    with stop_requests() as stop:
         last_save = time.monotonic()
         while not run.done:
             if run.advance():
@@ -212,8 +233,6 @@ def train(
                 request = Interrupted(f"stopped after {run.episodes} episodes; run the same command to go on")
                 request.signal = stop.signal
                 raise request
-    journal.close()
-    return journal.rows
 
 
 def load_agent(directory: Path, recipe: RLRecipe) -> Agent:
