@@ -145,7 +145,7 @@ def test_bands_cover_what_is_tested(preset, name):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("gpu", "parity", "synchronous"), "'gpu' is no preset; choose one of cpu, paper"),
+        (("gpu", "parity", "synchronous"), "'gpu' is no preset; choose one of cpu, recall, paper"),
         (("cpu", "party", "synchronous"), "'party' is no setting of preset 'cpu'; choose one of parity"),
         (("cpu", "parity", "sync"), "'sync' is no model; choose one of transformer"),
     ],

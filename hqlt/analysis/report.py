@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from statistics import median
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -121,13 +123,19 @@ def plot_panels(
 
 
 def plot_groups(
-    panels: dict[str, dict[str, Curve]], x_label: str, y_label: str, *, logarithmic: bool = False
+    panels: dict[str, dict[str, Curve]],
+    x_label: str,
+    y_label: str,
+    *,
+    logarithmic: bool = False,
+    marks: Mapping[str, float] = MappingProxyType({}),
 ) -> Figure:
     """Named curves of percentages in panels side by side; a name looks the same in all of them.
 
     Args:
         panels: curves by name, by title.
         logarithmic: the x axis.
+        marks: x of a vertical line in the panel of this title.
     """
     from matplotlib.figure import Figure
 
@@ -140,6 +148,8 @@ def plot_groups(
             n = names.index(name)
             style = {"color": COLOURS[n % 6], "marker": MARKERS[n % 6], "linestyle": "-" if n < 6 else "--"}
             (lines[name],) = axes.plot(*zip(*points, strict=True), **style, markersize=4, linewidth=1.4)
+        if title in marks:
+            axes.axvline(marks[title], color="#999", linewidth=1, linestyle="--")
         axes.set_title(title, fontsize=9)
         axes.set_ylim(-5, 105)
         axes.grid(alpha=0.25)

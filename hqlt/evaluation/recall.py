@@ -18,6 +18,7 @@ from hqlt.tasks.recall import associative_recall
 CHOICES = 5
 NEW_TOKENS = 48
 MQAR_PAIRS = 16
+DRAWN = 256  # sequences at a time, whatever the batches are
 DRAW = 1e-3  # nats, far above rounding
 Done = Callable[[int], object]
 
@@ -165,20 +166,21 @@ def mqar_recall(
     vocab_size, generator = model.config.vocab_size, torch.Generator().manual_seed(seed)
     pairs = min(MQAR_PAIRS, int(bounds[-1]) // 4, vocab_size // 2 - 1)
     right, total = torch.zeros(len(bounds)), torch.zeros(len(bounds))
-    for start in range(0, limit, batch_size):
-        count = min(batch_size, limit - start)
-        ids, targets = associative_recall(
+    for start in range(0, limit, DRAWN):
+        count = min(DRAWN, limit - start)
+        batch = associative_recall(
             count, pairs, int(bounds[-1]), generator, vocab_size=vocab_size, power=1.0, fill=False
         )
-        row, place = (targets >= 0).nonzero(as_tuple=True)
-        told = (ids[row, : 2 * pairs : 2] == ids[row, place][:, None]).double().argmax(1)
-        hidden, _ = model.hidden_states(ids.to(model.norm.weight.device))
-        values = model.head(hidden[row, place])[:, vocab_size // 2 :].argmax(1).cpu() + vocab_size // 2
-        bin_of = torch.bucketize(place - (2 * told + 1), bounds)
-        right += torch.bincount(bin_of, (values == targets[row, place]).double(), minlength=len(bounds))
-        total += torch.bincount(bin_of, minlength=len(bounds))
-        if done is not None:
-            done(count)
+        for ids, targets in zip(*(x.split(batch_size) for x in batch), strict=True):
+            row, place = (targets >= 0).nonzero(as_tuple=True)
+            told = (ids[row, : 2 * pairs : 2] == ids[row, place][:, None]).double().argmax(1)
+            hidden, _ = model.hidden_states(ids.to(model.norm.weight.device))
+            values = model.head(hidden[row, place])[:, vocab_size // 2 :].argmax(1).cpu() + vocab_size // 2
+            bin_of = torch.bucketize(place - (2 * told + 1), bounds)
+            right += torch.bincount(bin_of, (values == targets[row, place]).double(), minlength=len(bounds))
+            total += torch.bincount(bin_of, minlength=len(bounds))
+            if done is not None:
+                done(len(ids))
     rows = [
         {"distance": int(bound), "accuracy": float(hit / n), "questions": int(n)}
         for bound, hit, n in zip(bounds, right, total, strict=True)

@@ -1,6 +1,17 @@
 """The expressivity experiment: its runs, and what its tables and figures make of them."""
 
+from hqlt.expressivity.distance import distance_figures, distance_tables
 from hqlt.expressivity.runs import expressivity_runs
 from hqlt.expressivity.tables import figures, live_table, merge, selected, summary_table, tables
 
-__all__ = ["expressivity_runs", "figures", "live_table", "merge", "selected", "summary_table", "tables"]
+__all__ = [
+    "distance_figures",
+    "distance_tables",
+    "expressivity_runs",
+    "figures",
+    "live_table",
+    "merge",
+    "selected",
+    "summary_table",
+    "tables",
+]

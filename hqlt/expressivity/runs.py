@@ -8,15 +8,20 @@ from pathlib import Path
 
 import torch
 
+from hqlt.evaluation.recall import mqar_recall
+from hqlt.layers.lesions import Lesion, lesion
 from hqlt.models.language_model import LanguageModel
 from hqlt.recipes.expressivity import expressivity
 from hqlt.recipes.matching import parameters
+from hqlt.recipes.settings import RECALL, Setting
 from hqlt.results import Row, provenance
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import SyntheticTask, accuracy_by_size, random_numbers
 from hqlt.training.loop import train
 from hqlt.training.sweep import Run
 from hqlt.training.synthetic import band_name, overall, synthetic_task
+
+LESIONS = ("none", "kv", "fw")
 
 
 def expressivity_runs(
@@ -81,6 +86,7 @@ def _run(
             "validation": rows[-1][task.metric],
             "by_size": {band_name(band): round(v, 2) for band, v in zip(found, values, strict=True)},
             "curve": [[row["step"], round(row[task.metric], 2)] for row in rows],
+            **({"by_distance": _by_distance(network, setting)} if setting.distances else {}),
             "config": {
                 "preset": preset,
                 "learning_rate": learning_rate,
@@ -97,10 +103,32 @@ def _run(
     ]
 
 
+def _by_distance(model: LanguageModel, setting: Setting) -> dict[str, list[list[float]]]:
+    """Distance and percent of recalled pairs, whole and, where there are two memories, without the read of either."""
+    memories = model.config.memories
+    both = any(m.kv_memory for m in memories) and any(m.update_rule is not None for m in memories)
+    found = {}
+    for name in LESIONS if both else LESIONS[:1]:
+        with lesion(model, **asdict(Lesion.parse(name))):
+            rows = mqar_recall(
+                model,
+                distances=setting.distances,
+                limit=4 * setting.test_samples,
+                seed=0,
+                batch_size=setting.batch_size,
+            )["by_distance"]
+        found[name] = [[row["distance"], round(100 * row["accuracy"], 2)] for row in rows]
+    return found
+
+
 def _command(preset: str, name: str, model: str, learning_rate: float, seed: int) -> list[object]:
     """What makes this run alone."""
-    run = ["python", "experiments/table3_expressivity/run.py", "--preset", preset, "--tasks", name, "--models", model]
-    return [*run, "--learning-rates", f"{learning_rate:g}", "--seeds", seed]
+    if preset == RECALL:
+        run = ["python", "experiments/table4_recall/run.py"]
+    else:
+        run = ["python", "experiments/table3_expressivity/run.py", "--preset", preset]
+    grid = ["--tasks", name, "--models", model, "--learning-rates", f"{learning_rate:g}", "--seeds", seed]
+    return [*run, *grid]
 
 
 def _state_size(model: LanguageModel, task: SyntheticTask, size: int) -> float:

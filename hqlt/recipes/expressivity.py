@@ -45,6 +45,7 @@ def _overlap(quarters: int) -> Callable[[MemoryConfig], Memories]:
 
 MODELS: dict[str, Callable[[MemoryConfig], Memories]] = {
     "transformer": lambda memory: _attention(memory, window=None, position_encoding="rope"),
+    "window_attention": lambda memory: _attention(memory),
     "deltanet_beta_to_1": lambda memory: _fast_weight(memory, allow_negative_eigenvalues=False),
     "deltanet": _fast_weight,
     "delayed_streaming": lambda memory: replace(memory, schedule="delayed_streaming"),

@@ -1,7 +1,7 @@
 """Settings of the synthetic tasks: what all models of a task share.
 
 A preset maps a name to a :class:`Setting`. ``paper`` is the published one, ``cpu`` comes to its conclusions on two
-cores.
+cores, ``recall`` asks over which distance a memory recalls.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class Setting:
         tested: smallest and largest size of the validation and test samples.
         bands: parts of the tested sizes; smaller ones are measured in two more.
         validation_samples, test_samples: in each band.
+        distances: between a pair and its question at which recall is measured after training, with lesions of either
+            memory too.
         family: of settings that share a table and its figures, such as the sizes of a state.
         differs: from another setting, in words, where it only shows what that needs; within a family, its column.
     """
@@ -41,6 +43,7 @@ class Setting:
     bands: int = 7
     validation_samples: int = 32
     test_samples: int = 512
+    distances: tuple[int, ...] = ()
     family: str = ""
     differs: str = ""
 
@@ -136,6 +139,18 @@ _CPU_MQAR = replace(
     tested=(1, 32),
     bands=8,
 )
+_CPU_FAR = replace(
+    _CPU_MQAR.with_memory(num_heads=2),
+    task="mqar_far",
+    training=replace(_CPU_MQAR.training, curriculum=Curriculum(start=2, stop=16, step=2, between=(125, 500))),
+    batch_size=16,
+    trained=(1, 16),
+    tested=(1, 16),
+    bands=4,
+    validation_samples=16,
+    test_samples=64,
+    distances=(16, 32, 64, 128, 256, 512),
+)
 # A published run clips nothing, decays all parameters (here: matrices) and computes in bfloat16 (here: float32). The
 # cosine of modular arithmetic was planned for five times the steps, so that half of the run is warm-up.
 _PAPER_PARITY = Setting(
@@ -199,6 +214,7 @@ _CPU_DIFFERING = {
         _CPU_PARITY, training=replace(CPU_TRAINING, label_smoothing=0.0), differs="no label smoothing"
     ),
 }
+RECALL = "recall"  # the preset of recall against distance
 PRESETS: dict[str, dict[str, Setting]] = {
     "cpu": {
         "parity": _CPU_PARITY,
@@ -207,6 +223,7 @@ PRESETS: dict[str, dict[str, Setting]] = {
         **{f"mqar_{heads}_{window}": _mqar(heads, window) for heads, window in ((4, 8), (4, 32), (1, 8), (1, 32))},
         **_CPU_DIFFERING,
     },
+    RECALL: {f"window_{window}": _CPU_FAR.with_memory(window=window) for window in (16, 64, 256)},
     "paper": {
         "parity": _PAPER_PARITY,
         "modular_arithmetic": replace(

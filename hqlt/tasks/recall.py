@@ -117,15 +117,17 @@ def state_based_recall(
     return input_ids, targets
 
 
-def mqar_task(pairs: int, *, vocab_size: int = 512) -> SyntheticTask:
-    """Multi-query associative recall of up to ``pairs`` pairs in sequences of 4·pairs tokens; its size is the pairs.
+def mqar_task(pairs: int, *, vocab_size: int = 512, length: int | None = None, power: float = 0.01) -> SyntheticTask:
+    """Multi-query associative recall of up to ``pairs`` pairs in sequences of ``length`` tokens (4·pairs by default).
 
-    The number of pairs is drawn once for a whole batch; what lies between the questions is 0.
+    Its size is the pairs. Their number is drawn once for a whole batch; what lies between the questions is 0; ``power``
+    is that of :func:`associative_recall`.
     """
+    whole = 4 * pairs if length is None else length
 
     def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
         drawn = int(torch.randint(shortest, longest + 1, (), generator=generator))
-        return associative_recall(count, drawn, 4 * pairs, generator, vocab_size=vocab_size, fill=False)
+        return associative_recall(count, drawn, whole, generator, vocab_size=vocab_size, power=power, fill=False)
 
     return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs", normalise=False)
 

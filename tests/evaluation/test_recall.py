@@ -161,6 +161,7 @@ def test_mqar_is_binned_by_the_distance_from_the_pair():
     assert accuracy == {16: 1.0, 32: 1.0, 64: 1.0, 128: 0.0}
     assert sum(row["questions"] for row in found["by_distance"]) == 12 * 16
     assert found["chance"] == 1 / 32
+    assert mqar_recall(Lookup(64), **{**settings, "batch_size": 12}) == found
     assert mqar_recall(Lookup(64), **{**settings, "distances": [16]})["by_distance"][0]["questions"] == 12 * 4
     assert {r["accuracy"] for r in mqar_recall(Lookup(32), **settings)["by_distance"][:2]} == {1.0}
     assert mqar_recall(Lookup(32), **settings)["by_distance"][2]["accuracy"] == 0.0

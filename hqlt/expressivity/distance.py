@@ -1,0 +1,58 @@
+"""Recall against distance: table and figure, from the rows that runs wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import median
+from typing import TYPE_CHECKING
+
+from hqlt.analysis.report import Curve, plot_groups
+from hqlt.expressivity.tables import selected
+from hqlt.recipes.settings import PRESETS, RECALL
+from hqlt.results import Row, Summary, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WINDOWLESS = ("transformer", "deltanet")
+WITHOUT = {"none": "", "kv": " without KV read", "fw": " without FW read"}
+
+
+def distance_tables(rows: list[Row]) -> dict[str, str]:
+    """Median ± median absolute deviation of the recalled pairs (%) by distance, as Markdown."""
+    lines = []
+    for window, model, lesion, found in _cells(rows):
+        points = [dict(row["by_distance"][lesion]) for row in found]
+        cells = {distance: Summary.of([of[distance] for of in points]) for distance in points[0]}
+        lines.append({
+            "window": "–" if model in WINDOWLESS else str(window),
+            "model": f"{model}{WITHOUT[lesion]}",
+            **{f"≤ {distance:.0f}": f"{cell.median:.1f} ± {cell.spread:.1f}" for distance, cell in cells.items()},
+            "state KiB": f"{found[0]['config']['state_kib']:,.1f}",
+            "seeds": str(len(found)),
+        })  # fmt: skip
+    return {RECALL: markdown_table(list({tuple(line.items()): line for line in lines}.values()))}
+
+
+def distance_figures(rows: list[Row]) -> dict[str, Figure]:
+    """Median of the recalled pairs (%) by distance, a panel for every window."""
+    panels: dict[str, dict[str, Curve]] = {}
+    marks = {}
+    for window, model, lesion, found in _cells(rows):
+        title = f"window {window}"
+        marks[title] = float(window)
+        curves = panels.setdefault(title, {})
+        points = zip(*(row["by_distance"][lesion] for row in found), strict=True)
+        curves[f"{model}{WITHOUT[lesion]}"] = [(at[0][0], median(y for _, y in at)) for at in points]
+    label = "recalled pairs (%)"
+    return {"recall_by_distance": plot_groups(panels, "distance (tokens)", label, logarithmic=True, marks=marks)}
+
+
+def _cells(rows: list[Row]) -> Iterator[tuple[int, str, str, list[Row]]]:
+    """Window, model, lesion and rows; a model without a window stands beside every window."""
+    by_setting = {name: selected(rows, RECALL, name) for name in PRESETS[RECALL]}
+    windowless = {model: of for cells in by_setting.values() for model, of in cells.items() if model in WINDOWLESS}
+    for name, cells in by_setting.items():
+        for model, found in (windowless | cells).items():
+            for lesion in found[0]["by_distance"] if cells else ():
+                yield PRESETS[RECALL][name].memory.window or 0, model, lesion, found
