@@ -79,6 +79,10 @@ class Summary:
         middle = median(values)
         return cls(middle, median(abs(value - middle) for value in values), min(values), max(values), len(values))
 
+    def __str__(self) -> str:
+        """Median and spread; of one seed its value."""
+        return f"{self.median:.1f}" + (f" ± {self.spread:.1f}" if self.seeds > 1 else "")
+
 
 def replace_section(path: Path, name: str, text: str) -> None:
     """Put a text between ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file.

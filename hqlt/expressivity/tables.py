@@ -122,7 +122,7 @@ def family_table(rows: list[Row], preset: str, names: list[str]) -> str:
     for name in names:
         for model, found in selected(rows, preset, name).items():
             summary, state = Summary.of([row["value"] for row in found]), found[0]["config"]["state_kib"]
-            cell = f"{summary.median:.1f} ± {summary.spread:.1f} ({state:,.1f} KiB)"
+            cell = f"{summary} ({state:,.1f} KiB)"
             lines[model][PRESETS[preset][name].differs] = cell
             lines[model]["seeds"] = str(summary.seeds)
     columns = ("model", *(PRESETS[preset][name].differs for name in names), "seeds")
@@ -142,7 +142,7 @@ def differing_table(rows: list[Row], preset: str, names: list[str]) -> str:
 
 def _shown(summary: Summary) -> dict[str, str]:
     return {
-        "median": f"{summary.median:.1f} ± {summary.spread:.1f}",
+        "median": str(summary),
         "worst": f"{summary.worst:.1f}",
         "best": f"{summary.best:.1f}",
         "seeds": str(summary.seeds),
@@ -158,7 +158,7 @@ def live_table(rows: list[Row]) -> str:
     lines = []
     for model in [model for model in MODELS if model in values]:
         cells = {name: Summary.of(found) for name, found in values[model].items()}
-        shown = {name: f"{cell.median:.1f} ± {cell.spread:.1f} ({cell.seeds})" for name, cell in cells.items()}
+        shown = {name: f"{cell} ({cell.seeds})" for name, cell in cells.items()}
         lines.append({"model": model, **{name: shown.get(name, "") for name in columns}})
     return markdown_table(lines)
 

@@ -96,7 +96,7 @@ def test_a_model_without_a_window_stands_beside_every_window():
     assert lines[0] == ["window", "model", "≤ 16", "≤ 32", "state KiB", "seeds"]
     assert lines[2] == ["–", "deltanet", "10.5 ± 0.5", "5.0 ± 0.0", "16.0", "2"]
     assert [line[:4] for line in lines[3:]] == [
-        [str(window), f"synchronous{what}", f"{near:.1f} ± 0.0", f"{far:.1f} ± 0.0"]
+        [str(window), f"synchronous{what}", f"{near:.1f}", f"{far:.1f}"]
         for window in (16, 64)
         for what, near, far in (("", 90, 80), (" without KV read", 70, 60), (" without FW read", 50, 0))
     ]
