@@ -84,6 +84,26 @@ class Summary:
         return f"{self.median:.1f}" + (f" ± {self.spread:.1f}" if self.seeds > 1 else "")
 
 
+def bootstrap(values: list[list[float]], *, share: float = 0.95) -> list[tuple[float, float, float]]:
+    """Mean over the seeds at each point of a curve, and its interval: percentiles of the means of seeds drawn anew.
+
+    With few seeds it is too narrow, with one it has no width. Same values, same interval.
+
+    Args:
+        values: [seeds, points].
+        share: of the resampled means that the interval holds.
+
+    Returns:
+        mean, lower and upper end at each point.
+    """
+    import numpy as np
+
+    seeds = len(values)
+    drawn = np.random.default_rng(0).multinomial(seeds, np.full(seeds, 1 / seeds), size=10_000)
+    low, high = np.quantile(drawn @ np.array(values) / seeds, [(1 - share) / 2, (1 + share) / 2], axis=0)
+    return list(zip(np.mean(values, 0).tolist(), low.tolist(), high.tolist(), strict=True))
+
+
 def replace_section(path: Path, name: str, text: str) -> None:
     """Put a text between ``<!-- name -->`` and ``<!-- /name -->`` of a Markdown file.
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curve = list[tuple[float, float]]
+Band = list[tuple[float, float, float, float]]  # x, y, lower and upper end
 
 # Okabe and Ito's palette: distinct for colour-blind readers too. Line styles and markers repeat the distinction.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -145,9 +146,7 @@ def plot_groups(
     lines = {}
     for axes, (title, curves) in zip(grid, panels.items(), strict=True):
         for name, points in curves.items():
-            n = names.index(name)
-            style = {"color": COLOURS[n % 6], "marker": MARKERS[n % 6], "linestyle": "-" if n < 6 else "--"}
-            (lines[name],) = axes.plot(*zip(*points, strict=True), **style, markersize=4, linewidth=1.4)
+            (lines[name],) = axes.plot(*zip(*points, strict=True), **_style(names.index(name)))
         if title in marks:
             axes.axvline(marks[title], color="#999", linewidth=1, linestyle="--")
         axes.set_title(title, fontsize=9)
@@ -158,6 +157,32 @@ def plot_groups(
             axes.xaxis.set_major_formatter("{x:,.0f}")
     figure.supxlabel(x_label, fontsize=10)
     figure.supylabel(y_label, fontsize=10)
+    figure.legend([lines[n] for n in names], names, loc="outside right center", frameon=False, fontsize=8)
+    return figure
+
+
+def plot_bands(panels: dict[str, dict[str, Band]], x_label: str) -> Figure:
+    """Named curves with a band around each, in panels side by side; a name looks the same in all of them.
+
+    Args:
+        panels: curves by name, by the label of the panel's own y axis.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    figure = Figure(figsize=(3.6 * len(panels) + 1.8, 3.4), layout="constrained")
+    grid = figure.subplots(1, len(panels), sharex=True, squeeze=False).flatten()
+    lines = {}
+    for axes, (label, curves) in zip(grid, panels.items(), strict=True):
+        for name, points in curves.items():
+            x, y, low, high = zip(*points, strict=True)
+            style = _style(names.index(name))
+            (lines[name],) = axes.plot(x, y, **style)
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.set_ylabel(label, fontsize=10)
+        axes.grid(alpha=0.25)
+    figure.supxlabel(x_label, fontsize=10)
     figure.legend([lines[n] for n in names], names, loc="outside right center", frameon=False, fontsize=8)
     return figure
 
@@ -184,6 +209,12 @@ def figure_svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def _style(n: int) -> dict[str, Any]:
+    """Of the n-th of several curves."""
+    look = {"color": COLOURS[n % 6], "marker": MARKERS[n % 6], "linestyle": "-" if n < 6 else "--"}
+    return {**look, "markersize": 4, "linewidth": 1.4}
 
 
 def _figure(height: float) -> tuple[Figure, Any]:

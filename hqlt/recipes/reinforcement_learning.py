@@ -72,16 +72,26 @@ VISUAL_MATCH: dict[str, RLRecipe] = {
 def visual_match(name: str, memory: str = "hqlt") -> RLRecipe:
     """The recipe of this name with the sequence model of this name.
 
-    In the paper's, the embedding of the Transformer and the LSTM passes one dropout, that of the others two in series.
+    ``hqlt_window_N`` is the HQLT whose attention sees N frames instead of 64. In the paper's recipe the embedding of
+    the Transformer and the LSTM passes one dropout, that of the others two in series.
 
     Raises:
         ValueError: no such recipe or model.
     """
-    for what, given, known in (("recipe", name, VISUAL_MATCH), ("model", memory, MEMORIES)):
-        if given not in known:
-            raise ValueError(f"{given!r} is no {what}; choose one of {', '.join(known)}")
+    if name not in VISUAL_MATCH:
+        raise ValueError(f"{name!r} is no recipe; choose one of {', '.join(VISUAL_MATCH)}")
     recipe = VISUAL_MATCH[name]
     if recipe is not _PAPER:
-        return replace(recipe, agent=replace(recipe.agent, memory=SMALL_MEMORIES[memory]))
-    dropout = 0.1 if memory in ("hqlt", "deltanet") else 0.0
-    return replace(recipe, agent=replace(recipe.agent, memory=MEMORIES[memory], dropout=dropout))
+        return replace(recipe, agent=replace(recipe.agent, memory=_named(memory, SMALL_MEMORIES)))
+    dropout = 0.1 if memory.startswith(("hqlt", "deltanet")) else 0.0
+    return replace(recipe, agent=replace(recipe.agent, memory=_named(memory, MEMORIES), dropout=dropout))
+
+
+def _named(name: str, memories: dict[str, ModelConfig | LSTMConfig]) -> ModelConfig | LSTMConfig:
+    """The sequence model of this name, with the window that the name may end in."""
+    if name in memories:
+        return memories[name]
+    window, hqlt = name.removeprefix("hqlt_window_"), memories["hqlt"]
+    if window == name or not window.isdecimal() or not isinstance(hqlt, ModelConfig):
+        raise ValueError(f"{name!r} is no model; choose one of {', '.join(memories)}, hqlt_window_N (such as 4)")
+    return replace(hqlt, memory=replace(hqlt.memories[0], window=int(window)))

@@ -29,7 +29,9 @@ def add_rl(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "of any kind.",
     )
     command.add_argument("recipe", nargs="?", help="name; without one they are listed")
-    command.add_argument("--model", default="hqlt", help="hqlt (default), deltanet, transformer or lstm")
+    command.add_argument(
+        "--model", default="hqlt", help="hqlt (default), hqlt_window_N (such as 4), deltanet, transformer, lstm"
+    )
     command.add_argument("--output", type=Path, metavar="DIR", help="default: runs/rl/RECIPE-MODEL-SEED")
     command.add_argument("--video", type=Path, metavar="FILE", help="GIF of an evaluation episode, at the end")
     group = command.add_argument_group("instead of what the recipe says")

@@ -32,7 +32,7 @@ from hqlt.training.journal import Journal
 CHECKPOINT = "checkpoint.pt"
 SAVE_EVERY = 60.0  # seconds
 # What a seed is for; each use has its own, a function of the run's seed and of how far the run is.
-WEIGHTS, COLLECT, UPDATE, EVALUATE, LAYOUT, OTHER_LAYOUT = range(6)
+WEIGHTS, COLLECT, UPDATE, EVALUATE, LAYOUT, OTHER_LAYOUT, TEST = range(7)
 
 Layout = str | tuple[str, str, str]
 
@@ -156,16 +156,16 @@ def summary(episodes: Rollout) -> dict[str, float]:
     return {"success": float(episodes.success.mean()), "return": float(episodes.rewards.sum(1).mean())}
 
 
-def evaluate(recipe: RLRecipe, agent: Agent) -> dict[str, float]:
+def evaluate(recipe: RLRecipe, agent: Agent, use: int = EVALUATE) -> dict[str, float]:
     """Success and return of the greedy agent without dropout, and the same where each episode has its own doors.
 
-    The episodes are the same in every evaluation of a run.
+    The episodes are the same in every evaluation of a run; with the use ``TEST`` they are others.
     """
     found: dict[str, float] = {}
     agent.eval()
     for name, layout in (("", door_layout(recipe, OTHER_LAYOUT)), ("_per_episode", "per_episode")):
         env = make_world(recipe, recipe.evaluate_episodes, layout)
-        measured = summary(roll_out(env, agent, derived_seed(recipe.seed, EVALUATE), greedy=True))
+        measured = summary(roll_out(env, agent, derived_seed(recipe.seed, use), greedy=True))
         found |= {f"{key}{name}": x for key, x in measured.items()}
     agent.train()
     return found
