@@ -74,7 +74,7 @@ def _shown(found: list[Row]) -> dict[str, str]:
     without = {name: [row["success_without"].get(name) for row in found] for name in LESIONS}
     return {
         "window": "–" if config["window"] is None else str(config["window"]),
-        "success": f"{summary.median:.1f} ± {summary.spread:.1f}",
+        "success": str(summary),
         "worst": f"{summary.worst:.1f}",
         "doors anew": f"{median(row['success_per_episode'] for row in found):.1f}",
         **{f"without {name.upper()} read": f"{median(x):.1f}" if None not in x else "–" for name, x in without.items()},
