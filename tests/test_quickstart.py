@@ -71,7 +71,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files_of(directory: Path) -> set[str]:
-    return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(directory).as_posix()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 @pytest.mark.usefixtures("small")

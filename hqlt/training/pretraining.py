@@ -112,13 +112,14 @@ def pretrain(
                 f"{shards!r} have {shards.vocab_size} token ids but the model {recipe.model.vocab_size}; "
                 "choose a recipe with this vocabulary or prepare the text with another tokenizer"
             )
-    with stop_requests() as stop, known_warnings(), alone(directory, world):
+    with stop_requests() as stop, known_warnings():
         run = _Run(recipe, data, held_out, directory, world, engine, watch)
-        run.go_on()
-        try:
-            run.train(stop)
-        finally:
-            run.close()
+        with alone(directory, world):
+            run.go_on()
+            try:
+                run.train(stop)
+            finally:
+                run.close()
     return run.rows
 
 
@@ -149,7 +150,6 @@ class _Run:
             packing=recipe.packing,
             seed=recipe.training.seed,
         )
-        claim(directory, {"recipe": recipe.identity, "tokens": data.fingerprint}, data.tokenizer_file, world)
         self.model = recipe.build()
         self.module = spread(Objective(self.model, recipe), world, engine, recipe.precision)
         self.optimizer = make_adamw(self.module, recipe.training)
@@ -167,7 +167,9 @@ class _Run:
         return int(self.progress["step"])
 
     def go_on(self) -> None:
-        """Load the newest checkpoint, if there is one."""
+        """Make the directory that of this run, and load the newest checkpoint, if there is one."""
+        identity = {"recipe": self.recipe.identity, "tokens": self.data.fingerprint}
+        claim(self.directory, identity, self.data.tokenizer_file, self.world)
         path = self.snapshots.latest()
         if path is not None:
             self.progress, more = self.snapshots.load(path, self.module, self.optimizer, self._room)
