@@ -1,9 +1,8 @@
 """Passive visual match, from its commands to its tables and figures, with tiny agents."""
 
-import importlib.util
 import shutil
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,27 +13,17 @@ from hqlt.recipes import reinforcement_learning as recipes
 from hqlt.results import bootstrap, read_rows
 from hqlt.rl import training
 from hqlt.rl.rollout import roll_out
-from hqlt.training import Job, sweep
+from hqlt.training import sweep
 from hqlt.training.sweep import finished_rows
 from hqlt.visual_match import figures, merge, tables
 from hqlt.visual_match.runs import TEST_EPISODES, _solved
+from tests.experiments import commands
+from tests.experiments.commands import one_after_the_other
 from tests.rl.runs import TINY
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "figure2_reinforcement_learning"
+call = partial(commands.call, FOLDER)
 ROW = {"model", "task", "metric", "seed", "value", "config", "command", "seconds", "machine", "commit"}
-
-
-def call(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location(f"figure2_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    return module.main()
-
-
-def one_after_the_other(jobs: list[Job], workers: int | None = None) -> None:
-    for job in jobs:
-        job.function(*job.arguments, 0)
 
 
 @pytest.fixture

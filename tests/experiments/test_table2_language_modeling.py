@@ -1,13 +1,11 @@
 """The experiment from its commands to its table, with tiny models."""
 
-import importlib.util
 import json
 import math
 import shutil
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -18,29 +16,15 @@ from hqlt.language_modeling import figures, merge, tables
 from hqlt.language_modeling.runs import bits_per_byte, carried_bits_per_byte
 from hqlt.recipes import language_model as recipes
 from hqlt.results import read_rows
-from hqlt.training import Job, sweep
+from hqlt.training import sweep
 from hqlt.training.sweep import finished_rows
 from tests.data.corpora import documents, shards_of
+from tests.experiments import commands
+from tests.experiments.commands import one_after_the_other
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "table2_language_modeling"
+call = partial(commands.call, FOLDER)
 ROW = {"model", "task", "metric", "seed", "value", "config", "command", "seconds", "machine", "commit"}
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"table2_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def call(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    return script(name).main()
-
-
-def one_after_the_other(jobs: list[Job], workers: int | None = None) -> None:
-    for job in jobs:
-        job.function(*job.arguments, 0)
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """The experiment from its commands to its tables, with tiny models."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -16,24 +14,15 @@ from hqlt.expressivity.tables import UNSELECTED
 from hqlt.recipes import MODELS, PRESETS
 from hqlt.recipes.matching import parameters
 from hqlt.results import read_rows
-from hqlt.training import Job, loop, sweep
+from hqlt.training import loop, sweep
 from hqlt.training.sweep import finished_rows
+from tests.experiments import commands
+from tests.experiments.commands import one_after_the_other
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "table3_expressivity"
+run = partial(commands.call, FOLDER)
 ROW = {"model", "task", "metric", "seed", "value", "config", "command", "seconds", "machine", "commit"}
 FEW = ["transformer", "overlap_1/2", "synchronous", "layerwise"]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"table3_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def one_after_the_other(jobs: list[Job], workers: int | None = None) -> None:
-    for job in jobs:
-        job.function(*job.arguments, 0)
 
 
 @pytest.fixture
@@ -57,11 +46,6 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         )
     monkeypatch.setitem(PRESETS, "cpu", settings)
     monkeypatch.setattr(sweep, "run_parallel", one_after_the_other)
-
-
-def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    return script(name).main()
 
 
 @pytest.mark.usefixtures("tiny")

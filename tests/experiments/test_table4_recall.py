@@ -1,10 +1,9 @@
 """Recall against distance, from its commands to its table and figure, with tiny models."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,24 +13,14 @@ from hqlt.expressivity import distance_figures, distance_tables, merge
 from hqlt.recipes import PRESETS, expressivity
 from hqlt.recipes.settings import RECALL
 from hqlt.results import read_rows
-from hqlt.training import Job, sweep
+from hqlt.training import sweep
 from hqlt.training.checkpoint import load_checkpoint
 from hqlt.training.sweep import finished_rows
+from tests.experiments import commands
+from tests.experiments.commands import one_after_the_other
 
 FOLDER = Path(__file__).parents[2] / "experiments" / "table4_recall"
-
-
-def call(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> int:
-    spec = importlib.util.spec_from_file_location(f"table4_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
-    return module.main()
-
-
-def one_after_the_other(jobs: list[Job], workers: int | None = None) -> None:
-    for job in jobs:
-        job.function(*job.arguments, 0)
+call = partial(commands.call, FOLDER)
 
 
 @pytest.fixture
