@@ -11,7 +11,7 @@ SCHEDULES = ("synchronous", "delayed_streaming", "delayed_chunk", "overlap")
 UPDATE_RULES = ("delta", "gated_delta", "linear")
 MIXERS = ("sum", "static_scalar", "dynamic_scalar", "dynamic_vector", "dynamic_vector_separate")
 POSITION_ENCODINGS = ("rope", "none")
-BACKENDS = ("auto", "reference", "chunked")
+BACKENDS = ("auto", "reference", "chunked", "fla", "triton")
 NORMALISERS = ("time", "published")
 
 
@@ -66,7 +66,8 @@ class MemoryConfig:
         dropout: on query, key and value and on the output in training; without FW memory on the attention weights
             and on the output.
         norm_eps: of the per-head output RMSNorm.
-        backend: of the ops: ``auto`` (recurrence for single tokens, else chunk-parallel), ``reference``, ``chunked``.
+        backend: of the ops: ``auto``, or ``reference`` (recurrence), ``chunked``, ``fla`` (kernels of libraries),
+            ``triton`` (kernels of our own); see :mod:`hqlt.ops.backend`.
     """
 
     hidden_size: int = 64

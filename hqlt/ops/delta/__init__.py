@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import choose_backend
+from hqlt.ops import fla
+from hqlt.ops.backend import Kernel, Op, deferred
 from hqlt.ops.delta.chunked import delta_rule_chunked
 from hqlt.ops.delta.reference import delta_rule_reference
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
+
+DELTA_RULE = Op(
+    name="delta rule",
+    reference=delta_rule_reference,
+    chunked=delta_rule_chunked,
+    kernels=(
+        Kernel(
+            name="fla",
+            backend="fla",
+            run=deferred("hqlt.ops.delta.fla", "delta_rule_fla"),
+            missing=fla.missing,
+            unfit=fla.unfit,
+        ),
+    ),
+)
 
 
 def delta_rule(
@@ -43,7 +59,7 @@ def delta_rule(
         period: tokens between the states that chunk reads see.
         feature_map: ``unit_silu`` takes :func:`hqlt.ops.unit_silu` of query and key; None uses them as given. The
             chunked form does so in the processor's cache, and stores neither.
-        backend: ``reference`` (recurrence), ``chunked``, or ``auto`` (recurrence for T = 1, else chunked).
+        backend: ``auto``, ``reference`` (recurrence), ``chunked``, or kernels: see :mod:`hqlt.ops.backend`.
         chunk_size: tokens in a tile of the chunked form; changes a result by rounding only. None chooses by shape.
 
     Returns:
@@ -51,7 +67,7 @@ def delta_rule(
 
     Raises:
         TypeError: a dtype that is not floating, or differs between inputs.
-        ValueError: shapes, borders, options that do not fit.
+        ValueError: shapes, borders, options that do not fit; a backend that this machine lacks.
 
     Source: FW memory of the paper; Schlag, Irie, Schmidhuber (2021). Chunk form: Yang et al. (2024).
     """
@@ -60,7 +76,5 @@ def delta_rule(
     )
     features = check_feature_map(feature_map)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    rest = (scale, initial_state, borders, period)
-    if choose_backend(backend, query.shape[1]) == "reference":
-        return delta_rule_reference(query, key, value, beta, *rest, features)
-    return delta_rule_chunked(query, key, value, beta, None, *rest, chunk_size, features)
+    arguments = (query, key, value, beta, scale, initial_state, borders, period, features)
+    return DELTA_RULE.run(backend, arguments, chunk_size, period=period, packed=borders is not None)

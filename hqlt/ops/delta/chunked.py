@@ -1,4 +1,4 @@
-"""The delta rule, plain or gated, in chunk-parallel form."""
+"""The delta rule in chunk-parallel form."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ def delta_rule_chunked(
     key: Tensor,
     value: Tensor,
     beta: Tensor,
-    log_decay: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     borders: list[int] | None,
     period: int | None,
-    chunk_size: int | None,
     features: bool,
+    chunk_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Read [B, T, H, V] and final state [N, H, K, V]; ``log_decay`` None is the plain delta rule."""
+    """Read [B, T, H, V] and final state [N, H, K, V]."""
     state = first_state(initial_state, query, value.shape[-1], borders)
-    return chunked(True, query, key, value, beta, log_decay, state, borders, period, chunk_size, scale, features)
+    return chunked(True, query, key, value, beta, None, state, borders, period, chunk_size, scale, features)

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import choose_backend
-from hqlt.ops.delta.chunked import delta_rule_chunked
+from hqlt.ops import fla
+from hqlt.ops.backend import Kernel, Op, deferred
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
+from hqlt.ops.gated_delta.chunked import gated_delta_rule_chunked
 from hqlt.ops.gated_delta.reference import gated_delta_rule_reference
+
+GATED_DELTA_RULE = Op(
+    name="gated delta rule",
+    reference=gated_delta_rule_reference,
+    chunked=gated_delta_rule_chunked,
+    kernels=(
+        Kernel(
+            name="fla",
+            backend="fla",
+            run=deferred("hqlt.ops.gated_delta.fla", "gated_delta_rule_fla"),
+            missing=fla.gated_missing,
+            unfit=fla.unfit,
+        ),
+    ),
+)
 
 
 def gated_delta_rule(
@@ -48,7 +64,5 @@ def gated_delta_rule(
     borders, period = check_fast_weight(query, key, value, gates, initial_state, cu_seqlens, reads, period, chunk_size)
     features = check_feature_map(feature_map)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    rest = (scale, initial_state, borders, period)
-    if choose_backend(backend, query.shape[1]) == "reference":
-        return gated_delta_rule_reference(query, key, value, beta, log_decay, *rest, features)
-    return delta_rule_chunked(query, key, value, beta, log_decay, *rest, chunk_size, features)
+    arguments = (query, key, value, beta, log_decay, scale, initial_state, borders, period, features)
+    return GATED_DELTA_RULE.run(backend, arguments, chunk_size, period=period, packed=borders is not None)

@@ -5,10 +5,33 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hqlt.ops.backend import choose_backend
+from hqlt.ops import fla
+from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.fast_weight import check_fast_weight
 from hqlt.ops.linear.chunked import linear_attention_chunked
 from hqlt.ops.linear.reference import linear_attention_reference
+
+
+def _unfit(call: Call) -> str | None:
+    if call.dtype == torch.float16:
+        return "its sums before they are normalised overflow float16"
+    return fla.unfit(call)
+
+
+LINEAR_ATTENTION = Op(
+    name="linear attention",
+    reference=linear_attention_reference,
+    chunked=linear_attention_chunked,
+    kernels=(
+        Kernel(
+            name="fla",
+            backend="fla",
+            run=deferred("hqlt.ops.linear.fla", "linear_attention_fla"),
+            missing=fla.missing,
+            unfit=_unfit,
+        ),
+    ),
+)
 
 
 def linear_attention(
@@ -54,6 +77,4 @@ def linear_attention(
     beta = torch.ones_like(query[..., 0]) if beta is None else beta
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     arguments = (query, key, value, beta, scale, initial_state, borders, period, normalise)
-    if choose_backend(backend, query.shape[1]) == "reference":
-        return linear_attention_reference(*arguments)
-    return linear_attention_chunked(*arguments, chunk_size)
+    return LINEAR_ATTENTION.run(backend, arguments, chunk_size, period=period, packed=borders is not None)

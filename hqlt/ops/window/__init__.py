@@ -4,11 +4,35 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import choose_backend
+from hqlt.ops.backend import Kernel, Op, deferred
 from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
 from hqlt.ops.rotary import Angles
+from hqlt.ops.window import libraries
 from hqlt.ops.window.chunked import window_attention_chunked
 from hqlt.ops.window.reference import window_attention_reference
+
+WINDOW_ATTENTION = Op(
+    name="window attention",
+    reference=window_attention_reference,
+    chunked=window_attention_chunked,
+    kernels=(
+        Kernel(
+            name="flash-attn",
+            backend="fla",
+            run=deferred("hqlt.ops.window.flash", "window_attention_flash"),
+            missing=libraries.flash_missing,
+            unfit=libraries.flash_unfit,
+        ),
+        Kernel(
+            name="flex_attention",
+            backend="fla",
+            run=deferred("hqlt.ops.window.flex", "window_attention_flex"),
+            missing=libraries.flex_missing,
+            unfit=libraries.flex_unfit,
+        ),
+    ),
+    recurs=False,
+)
 
 
 def window_attention(
@@ -46,7 +70,7 @@ def window_attention(
             shared by the rows, constants: query and key are first turned by them as :func:`hqlt.ops.rotary` does.
             None: they are used as they are.
         dropout: on the attention weights.
-        backend: ``reference``, ``chunked`` or ``auto`` (chunked).
+        backend: ``auto``, ``reference``, ``chunked``, or kernels: see :mod:`hqlt.ops.backend`.
         chunk_size: about how many queries make a tile; changes a result by rounding only. None chooses.
 
     Returns:
@@ -72,10 +96,16 @@ def window_attention(
         _check_angles(query, angles[0], "query")
         _check_angles(key, angles[1], "key")
     arguments = (query, key, value, angles, window, anchored, scale, borders, key_borders, dropout)
-    if backend != "auto" and choose_backend(backend, query.shape[1]) == "reference":
-        return window_attention_reference(*arguments)
-    choose_backend(backend, query.shape[1])
-    return window_attention_chunked(*arguments, chunk_size)
+    return WINDOW_ATTENTION.run(
+        backend,
+        arguments,
+        chunk_size,
+        window=window,
+        anchored=anchored,
+        packed=borders is not None,
+        past=key.shape[1] > query.shape[1],
+        dropout=dropout,
+    )
 
 
 def _check_angles(x: Tensor, angles: Angles, name: str) -> None:

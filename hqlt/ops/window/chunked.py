@@ -34,7 +34,7 @@ def window_attention_chunked(
     """Read [B, T, H, V] of queries against keys that end with the queries' own tokens."""
     if borders is None or key_borders is None:
         return _rows(query, key, value, angles, window, anchored, scale, dropout, chunk_size)
-    query, key = _rotated(query, key, angles)
+    query, key = rotated(query, key, angles)
     lengths = [b - a for a, b in pairwise(borders)]
     key_lengths = [b - a for a, b in pairwise(key_borders)]
     if window is None:
@@ -58,7 +58,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: flo
     return read.transpose(1, 2)
 
 
-def _rotated(query: Tensor, key: Tensor, angles: tuple[Angles, Angles] | None) -> tuple[Tensor, Tensor]:
+def rotated(query: Tensor, key: Tensor, angles: tuple[Angles, Angles] | None) -> tuple[Tensor, Tensor]:
+    """Query and key, turned by their angles if there are any."""
     if angles is None:
         return query, key
     return rotary(query, *angles[0]), rotary(key, *angles[1])
@@ -87,7 +88,7 @@ def _rows(
     band_is_fastest = query.device.type == "cpu" or query.dtype in BAND_DTYPES
     if window is not None and window <= BAND_LIMIT and band_is_fastest and not (whole or anchored or dropout):
         return band_attention(query, key, value, angles, window, scale, _band_tile(length, window, chunk_size))
-    query, key = _rotated(query, key, angles)
+    query, key = rotated(query, key, angles)
     if window is None or whole:
         # A single tile: one masked product. A window that is not exceeded needs no mask beyond the causal one.
         reach = window if window is not None and past + length > window else None
