@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands)
     _add_convert(commands)
     _add_bench(commands)
+    _add_doctor(commands)
     return parser
 
 
@@ -159,6 +160,17 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     command.set_defaults(run=_bench)
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what this machine has, and which implementations run on it",
+        description="Print versions, the device, and for each op, dtype, head size and schedule what backend='auto' "
+        "runs, and why not the other implementations.",
+    )
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
+    command.set_defaults(run=_doctor)
+
+
 def _quickstart(options: argparse.Namespace) -> int:
     from hqlt.quickstart import quickstart
 
@@ -218,6 +230,13 @@ def _bench(options: argparse.Namespace) -> int:
 
     given = {name: x for name, x in vars(options).items() if name not in ("run", "arguments")}
     return 0 if bench(**given, command=shlex.join(["hqlt", *options.arguments])) else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from hqlt.doctor import doctor
+
+    print(doctor(options.json))
+    return 0
 
 
 def _count(text: str) -> int:

@@ -6,6 +6,8 @@ import torch
 
 pytest.register_assert_rewrite("tests.helpers", "tests.ops.fast_weight")
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, slowly; read when Triton is first imported
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=40, database=None)
 hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)

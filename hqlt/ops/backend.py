@@ -150,9 +150,19 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
     return run
 
 
+def joined(*obstacles: str | None) -> str | None:
+    """All of them that there are."""
+    return "; ".join(found for found in obstacles if found) or None
+
+
+def uninstalled(package: str, hint: str) -> str | None:
+    """A package cannot be imported; ``hint`` says how to get it."""
+    return None if INSTALLED[package] else hint
+
+
 def no_cuda(call: Call) -> str | None:
     """The tensors are not on a CUDA device."""
-    return None if call.device == "cuda" else f"it needs tensors on a CUDA device, not {call.device}"
+    return None if call.device == "cuda" else f"it needs a CUDA device, not {call.device}"
 
 
 def not_half(call: Call) -> str | None:

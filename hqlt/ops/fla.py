@@ -13,7 +13,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from hqlt.ops.backend import INSTALLED, Call, no_cuda, not_half
+from hqlt.ops.backend import Call, joined, no_cuda, not_half, uninstalled
 from hqlt.ops.features import unit_silu
 from hqlt.ops.precision import full_precision
 
@@ -23,9 +23,8 @@ Kernel = Callable[..., tuple[Tensor, Tensor]]
 
 def missing(call: Call) -> str | None:
     """A CUDA device and the package."""
-    if not INSTALLED["fla"]:
-        return "flash-linear-attention is not installed: pip install 'hqlt[cuda]'"
-    return no_cuda(call)
+    hint = "flash-linear-attention is not installed (pip install 'hqlt[cuda]')"
+    return joined(no_cuda(call), uninstalled("fla", hint))
 
 
 def unfit(call: Call) -> str | None:
@@ -40,11 +39,15 @@ def unfit(call: Call) -> str | None:
 
 
 def gated_missing(call: Call) -> str | None:
-    """As :func:`missing`, and a compiler that gets the gated kernels right (flash-linear-attention's own check)."""
+    """As :func:`missing`, and a Triton that compiles the gated kernels right, which flash-linear-attention checks."""
     found = missing(call)
-    if found is None and torch.cuda.get_device_capability()[0] == 9 and (3, 4, 0) <= _triton() < (3, 7, 1):
-        return "Triton 3.4.0 … 3.7.0 is wrong on Hopper: pip install 'triton>=3.7.1', or tilelang with backend='fla'"
+    if found is None and _is_hopper(call) and (3, 4) <= _triton() < (3, 7, 1):
+        return f"Triton {version('triton')} miscompiles it for Hopper GPUs (pip install 'triton>=3.7.1')"
     return found
+
+
+def _is_hopper(call: Call) -> bool:
+    return call.device == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability()[0] == 9
 
 
 @cache

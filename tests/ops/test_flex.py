@@ -10,7 +10,7 @@ from hqlt.ops import window_attention
 from hqlt.ops.window import WINDOW_ATTENTION
 from hqlt.ops.window.flex import block_mask
 from tests.helpers import assert_close, assert_same_results, results
-from tests.ops.test_window_attention import WINDOWS, angles_for, packed_tokens, tokens
+from tests.ops.test_window_attention import WINDOWS, packed_tokens, tokens, turned
 
 LAYOUTS = [((0, 1), (0, 1)), ((0, 512), (0, 512)), ((0, 200), (0, 1000)), ((0, 300, 301, 700), (0, 300, 400, 900))]
 
@@ -35,7 +35,7 @@ def test_flex_equals_reference(window, anchored):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_turns_query_and_key():
     x = tokens(2, 30, 40)
-    options = {"window": 7, "anchored": False, "scale": 0.3, "angles": angles_for(x)}
+    options = {"window": 7, "anchored": False, "scale": 0.3, "angles": turned(30, 10)}
     with torch.compiler.set_stance("force_eager"):
         read = flex(**x, **options)
     assert_close(read, window_attention(**x, **options, backend="reference"))

@@ -6,7 +6,9 @@ of them. Which blocks of the mask are empty, mixed or full follows from these, w
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,10 @@ from hqlt.ops.window.chunked import rotated
 BLOCK = 128
 Borders = tuple[int, ...]
 
-_compiled = torch.compile(flex_attention)
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)
 
 
 def window_attention_flex(
@@ -44,8 +49,7 @@ def window_attention_flex(
     )
     mask = block_mask(documents, key_documents, window, anchored, query.device)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    read = _compiled(query, key, value, block_mask=mask, scale=scale)
-    assert isinstance(read, Tensor)
+    read: Tensor = _compiled()(query, key, value, block_mask=mask, scale=scale)
     return read.transpose(1, 2)
 
 

@@ -6,14 +6,13 @@ from itertools import pairwise
 
 import torch
 
-from hqlt.ops.backend import INSTALLED, Call, no_cuda, not_half
+from hqlt.ops.backend import Call, joined, no_cuda, not_half, uninstalled
 
 
 def flash_missing(call: Call) -> str | None:
     """A CUDA device of the Ampere generation or later, and the package."""
-    if not INSTALLED["flash_attn"]:
-        return "flash-attn is not installed: pip install flash-attn --no-build-isolation (compiles CUDA code)"
-    found = no_cuda(call)
+    hint = "flash-attn is not installed (pip install flash-attn --no-build-isolation)"
+    found = joined(no_cuda(call), uninstalled("flash_attn", hint))
     if found is None and torch.cuda.get_device_capability() < (8, 0):
         return "it needs a GPU of compute capability 8.0 or later"
     return found
@@ -30,9 +29,7 @@ def flash_unfit(call: Call) -> str | None:
 
 def flex_missing(call: Call) -> str | None:
     """A CUDA device, where torch.compile writes the kernel."""
-    if not INSTALLED["triton"]:
-        return "Triton is not installed: pip install triton"
-    return no_cuda(call)
+    return joined(no_cuda(call), uninstalled("triton", "Triton is not installed (pip install 'hqlt[cuda]')"))
 
 
 def flex_unfit(call: Call) -> str | None:
