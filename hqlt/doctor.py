@@ -125,7 +125,7 @@ def _text(found: dict[str, Any]) -> list[str]:
         "",
         *_table(found["choices"]),
         "",
-        f"{SLIDING}: synchronous, delayed_streaming, overlap. chunked and reference (the recurrence) are hqlt's own.",
+        f"{SLIDING}: synchronous, delayed_streaming, overlap. Forms of our own: chunked, reference (recurrence).",
         *_reasons(found["choices"]),
     ]
 
@@ -155,4 +155,8 @@ def _reasons(choices: list[dict[str, Any]]) -> list[str]:
             if choice["op"] not in found:
                 found.append(choice["op"])
     lines = [f"{name} ({', '.join(of)}): {reason}" for (name, reason), of in ops.items()]
-    return ["", "Why not others:", *(textwrap.fill(line, 100, subsequent_indent="  ") for line in lines)]
+    return [
+        "",
+        "Why not others:",
+        *(textwrap.fill(line, 100, subsequent_indent="  ", break_on_hyphens=False) for line in lines),
+    ]

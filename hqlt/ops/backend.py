@@ -134,11 +134,12 @@ class Op(Generic[Result]):
         return self.own_form(call.length)
 
     def _check_present(self, backend: str, call: Call) -> None:
-        missing = [kernel.missing(call) for kernel in self.kernels if kernel.backend == backend]
+        missing = {kernel.name: kernel.missing(call) for kernel in self.kernels if kernel.backend == backend}
         if not missing:
             raise ValueError(f"backend={backend!r} has no {self.name}; choose 'auto', 'chunked' or 'reference'")
-        if all(missing):
-            raise ValueError(f"backend={backend!r} cannot run the {self.name}: {missing[-1]}; or choose 'auto'")
+        if all(missing.values()):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
+            raise ValueError(f"backend={backend!r} cannot run the {self.name} here; choose 'auto'. {reasons}")
 
 
 def deferred(module: str, function: str) -> Callable[..., Any]:
@@ -152,7 +153,7 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
 
 def joined(*obstacles: str | None) -> str | None:
     """All of them that there are."""
-    return "; ".join(found for found in obstacles if found) or None
+    return ", and ".join(found for found in obstacles if found) or None
 
 
 def uninstalled(package: str, hint: str) -> str | None:

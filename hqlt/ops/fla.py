@@ -32,9 +32,7 @@ def unfit(call: Call) -> str | None:
     if call.length == 1:
         return "one token is the least work as a recurrence"
     if call.key_dim % 16 or call.value_dim % 16 or call.key_dim > LARGEST_KEY:
-        return (
-            f"it takes heads of multiples of 16, keys of up to {LARGEST_KEY}, not {call.key_dim} and {call.value_dim}"
-        )
+        return f"it takes heads whose sizes are multiples of 16, keys of up to {LARGEST_KEY}"
     return not_half(call)
 
 

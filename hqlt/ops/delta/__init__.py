@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops import fla
 from hqlt.ops.backend import Kernel, Op, deferred
 from hqlt.ops.delta.chunked import delta_rule_chunked
 from hqlt.ops.delta.reference import delta_rule_reference
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
+from hqlt.ops.fla import missing, unfit
 
 DELTA_RULE = Op(
     name="delta rule",
@@ -19,8 +19,8 @@ DELTA_RULE = Op(
             name="fla",
             backend="fla",
             run=deferred("hqlt.ops.delta.fla", "delta_rule_fla"),
-            missing=fla.missing,
-            unfit=fla.unfit,
+            missing=missing,
+            unfit=unfit,
         ),
     ),
 )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops import fla
 from hqlt.ops.backend import Kernel, Op, deferred
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
+from hqlt.ops.fla import gated_missing, unfit
 from hqlt.ops.gated_delta.chunked import gated_delta_rule_chunked
 from hqlt.ops.gated_delta.reference import gated_delta_rule_reference
 
@@ -19,8 +19,8 @@ GATED_DELTA_RULE = Op(
             name="fla",
             backend="fla",
             run=deferred("hqlt.ops.gated_delta.fla", "gated_delta_rule_fla"),
-            missing=fla.gated_missing,
-            unfit=fla.unfit,
+            missing=gated_missing,
+            unfit=unfit,
         ),
     ),
 )

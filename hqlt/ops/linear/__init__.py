@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hqlt.ops import fla
 from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.fast_weight import check_fast_weight
+from hqlt.ops.fla import missing, unfit
 from hqlt.ops.linear.chunked import linear_attention_chunked
 from hqlt.ops.linear.reference import linear_attention_reference
 
@@ -15,7 +15,7 @@ from hqlt.ops.linear.reference import linear_attention_reference
 def _unfit(call: Call) -> str | None:
     if call.dtype == torch.float16:
         return "its sums before they are normalised overflow float16"
-    return fla.unfit(call)
+    return unfit(call)
 
 
 LINEAR_ATTENTION = Op(
@@ -27,7 +27,7 @@ LINEAR_ATTENTION = Op(
             name="fla",
             backend="fla",
             run=deferred("hqlt.ops.linear.fla", "linear_attention_fla"),
-            missing=fla.missing,
+            missing=missing,
             unfit=_unfit,
         ),
     ),

@@ -21,7 +21,7 @@ def flash_missing(call: Call) -> str | None:
 def flash_unfit(call: Call) -> str | None:
     """Half precision, equal heads of at most 256; grids of windows that begin with the first query."""
     if call.key_dim != call.value_dim or call.key_dim > 256:
-        return f"it takes heads of one size of up to 256, not {call.key_dim} and {call.value_dim}"
+        return "it takes keys and values of one size, of up to 256"
     if call.anchored and call.past:
         return "it has no window on a grid with carried tokens"
     return not_half(call)
@@ -41,7 +41,7 @@ def flex_unfit(call: Call) -> str | None:
     if not call.packed and not call.past and (call.window is None or call.length <= call.window):
         return "a window that is not exceeded is plain causal attention, which has a kernel of its own"
     if min(call.key_dim, call.value_dim) < 16 or max(call.key_dim, call.value_dim) > 256:
-        return f"it takes heads of 16 … 256, not {call.key_dim} and {call.value_dim}"
+        return "it takes heads of sizes 16 … 256"
     return not_half(call)
 
 
