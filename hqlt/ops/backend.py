@@ -21,8 +21,17 @@ import torch
 from hqlt.config import BACKENDS
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # somebody's empty stand-in, which has no origin
+        return False
+
+
 # Looked up once, without importing any of them: a choice is made at every call.
-INSTALLED = {package: find_spec(package) is not None for package in ("fla", "flash_attn", "triton")}
+INSTALLED = {package: _is_installed(package) for package in ("fla", "flash_attn", "triton")}
 
 
 Result = TypeVar("Result")

@@ -158,6 +158,15 @@ def test_choosing_imports_no_library():
     assert done.stdout.strip() == "[]"
 
 
+def test_a_stand_in_for_a_library_is_no_library():
+    code = (
+        "import sys, types; sys.modules['flash_attn'] = types.ModuleType('flash_attn')\n"
+        "from hqlt.ops.backend import INSTALLED; print(INSTALLED['flash_attn'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("window", [1, 5, 64, 200])
 def test_windows_on_a_grid_are_documents(window):
     """What flash-attn is given: packed documents with full causal attention."""
