@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
 
@@ -12,7 +13,7 @@ from hqlt.ops import delta_rule, gated_delta_rule, linear_attention
 from hqlt.ops.backend import INSTALLED, Op
 from hqlt.ops.fla import unfit
 from hqlt.ops.linear import LINEAR_ATTENTION
-from tests.helpers import assert_same_results, borders_of, results
+from tests.helpers import assert_close, assert_same_results, borders_of, make_layer, results
 
 HEADS, KEY_DIM, VALUE_DIM = 2, 16, 32
 OPS = {"delta": delta_rule, "gated_delta": gated_delta_rule, "linear": linear_attention}
@@ -46,14 +47,17 @@ def interpreted_kernels() -> None:
 
 
 @pytest.fixture(params=["interpreted", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Where the kernels run; no form of our own stands in for them."""
     monkeypatch.setattr(Op, "own_form", None)
     if request.param == "cuda":
-        return "cuda"
+        yield "cuda"
+        return
     request.getfixturevalue("interpreted_kernels")
     monkeypatch.setattr("hqlt.ops.fla.no_cuda", lambda call: None)
-    return "cpu"
+    monkeypatch.setattr("hqlt.ops.window.libraries.no_cuda", lambda call: None)
+    with torch.compiler.set_stance("force_eager"):
+        yield "cpu"
 
 
 def inputs(rule: str, batch: int, length: int, documents: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -125,6 +129,24 @@ def test_lengths_around_a_tile_from_an_empty_state(length, rule, device):
     tensors = inputs(rule, 1, length, 1, torch.float16)
     del tensors["initial_state"]
     compare(rule, device, tensors, 4e-3)
+
+
+@pytest.mark.parametrize("schedule", ["synchronous", "delayed_streaming", "delayed_chunk"])
+@pytest.mark.parametrize("rule", OPS)
+@pytest.mark.usefixtures("short_sums")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@torch.no_grad()
+def test_layers(rule, schedule, device):
+    """Padded rows in two segments with carried memories; attention on what else ``fla`` names here."""
+    options = {"hidden_size": 64, "window": 7, "update_rule": rule, "schedule": schedule}
+    x, mask = torch.randn(2, 44, 64, dtype=torch.float16), torch.arange(31) >= torch.tensor([[9], [0]])
+
+    def segments(layer, x):
+        first, state = layer(x[:, :31], attention_mask=mask)
+        return torch.cat([first, layer(x[:, 31:], state)[0]], 1).cpu()
+
+    read = segments(make_layer(torch.float16, **options, backend="fla").to(device), x.to(device))
+    assert_close(read, segments(make_layer(**options, backend="reference"), x.double()), 4e-3)
 
 
 @pytest.mark.gpu
