@@ -1,0 +1,107 @@
+"""What a Triton launch needs beside its kernel: where documents lie, strides, sizes of tiles, precision of products."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Documents of queries and of their keys in flattened tokens, and tiles of C tokens that respect their borders.
+
+    A document's keys end with its queries' own tokens: it has P more keys than queries.
+
+    Attributes:
+        query_borders, key_borders: int64 [N + 1], the first rows of the documents.
+        query_tiles, key_tiles: int64 [N + 1], the number of tiles before each document.
+        query_documents, key_documents: int32 [tiles], the document of each tile.
+    """
+
+    query_borders: Tensor
+    key_borders: Tensor
+    query_tiles: Tensor
+    key_tiles: Tensor
+    query_documents: Tensor
+    key_documents: Tensor
+
+    @property
+    def documents(self) -> int:
+        """N."""
+        return self.query_borders.shape[0] - 1
+
+    @staticmethod
+    def of(query: Tensor, key: Tensor, borders: list[int] | None, key_borders: list[int] | None, tile: int) -> Layout:
+        """The layout of queries [B, T, …] and keys [B, P + T, …], dense or packed between borders."""
+        if borders is None:
+            borders = [row * query.shape[1] for row in range(query.shape[0] + 1)]
+            key_borders = [row * key.shape[1] for row in range(key.shape[0] + 1)]
+        return _layout(tuple(borders), tuple(key_borders or borders), tile, query.device)
+
+
+@lru_cache(maxsize=32)
+def _layout(borders: tuple[int, ...], key_borders: tuple[int, ...], tile: int, device: torch.device) -> Layout:
+    tables = []
+    for edges in (borders, key_borders):
+        counts = torch.tensor([-(-(b - a) // tile) for a, b in pairwise(edges)])
+        starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
+        documents = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
+        tables.append([x.to(device) for x in (torch.tensor(edges), starts, documents)])
+    (query_borders, query_tiles, query_documents), (edges, key_tiles, key_documents) = tables
+    return Layout(query_borders, edges, query_tiles, key_tiles, query_documents, key_documents)
+
+
+def rows(x: Tensor) -> Tensor:
+    """x [B, T, H, …] such that tokens lie at equal distances, x.stride(1), and the rest of a token is contiguous."""
+    inner = x[0, 0].is_contiguous()
+    return x if inner and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)) else x.contiguous()
+
+
+def block(size: int) -> int:
+    """Places of a tile for this many columns: a power of two, at least 16."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def halved_block(size: int) -> int:
+    """Places of a halved tile for this many columns."""
+    return max(16, 2 << (size // 2 - 1).bit_length())
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter, on the processor."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def state_precision(dtype: torch.dtype) -> str:
+    """Of products with the fast weight.
+
+    In bfloat16 they would cost 4 to 6 · 10⁻³ of the read, in tf32 half a thousandth.
+    """
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def attention_precision(dtype: torch.dtype) -> str:
+    """Of products of the window's softmax; the interpreter has no arithmetic in bfloat16."""
+    return "bf16" if dtype == torch.bfloat16 and not interpreted() else state_precision(dtype)
+
+
+def choose_tile(key_dim: int) -> int:
+    """Tokens in a tile where the caller leaves it open: what fits into a multiprocessor's shared memory."""
+    return 64 if key_dim <= 64 else 32
+
+
+def warps(sizes: dict[str, int]) -> int:
+    """Warps of a program that holds a state of BK × BV: 64 entries of it in each thread."""
+    return max(4, min(8, sizes["BK"] * sizes["BV"] // 2048))
+
+
+def on_device(x: Tensor) -> AbstractContextManager[None]:
+    """Launch where x is: Triton takes the current device."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
