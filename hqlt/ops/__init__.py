@@ -4,6 +4,7 @@ from hqlt.ops.blend import blend_norm, rms_norm
 from hqlt.ops.delta import delta_rule
 from hqlt.ops.features import unit_silu
 from hqlt.ops.gated_delta import gated_delta_rule
+from hqlt.ops.hybrid import hybrid_memory
 from hqlt.ops.linear import linear_attention
 from hqlt.ops.rotary import rotary, rotary_table
 from hqlt.ops.short_conv import short_convolution
@@ -13,6 +14,7 @@ __all__ = [
     "blend_norm",
     "delta_rule",
     "gated_delta_rule",
+    "hybrid_memory",
     "linear_attention",
     "rms_norm",
     "rotary",

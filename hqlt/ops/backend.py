@@ -72,6 +72,7 @@ class Kernel:
         name: what it is called in reports.
         backend: the value of ``backend`` that asks for it.
         run: takes the arguments of the op's recurrence.
+        automatic: whether ``auto`` takes it.
         missing: what the machine lacks. unfit: why there is no kernel for such a call.
     """
 
@@ -80,6 +81,7 @@ class Kernel:
     run: Callable[..., Any]
     missing: Obstacle
     unfit: Obstacle
+    automatic: bool = True
 
     def obstacle(self, call: Call) -> str | None:
         """Why it does not run this call."""
@@ -138,7 +140,8 @@ class Op(Generic[Result]):
         elif call.device == "cpu":
             return self.own_form(call.length)
         for kernel in self.kernels:
-            if backend in ("auto", kernel.backend) and kernel.obstacle(call) is None:
+            asked = kernel.automatic if backend == "auto" else backend == kernel.backend
+            if asked and kernel.obstacle(call) is None:
                 return kernel
         return self.own_form(call.length)
 

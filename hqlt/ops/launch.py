@@ -10,6 +10,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hqlt.ops.backend import INSTALLED, Call, no_cuda
+
+LARGEST_HEAD = 256
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -54,6 +58,24 @@ def _layout(borders: tuple[int, ...], key_borders: tuple[int, ...], tile: int, d
         tables.append([x.to(device) for x in (torch.tensor(edges), starts, documents)])
     (query_borders, query_tiles, query_documents), (edges, key_tiles, key_documents) = tables
     return Layout(query_borders, edges, query_tiles, key_tiles, query_documents, key_documents)
+
+
+def missing(call: Call) -> str | None:
+    """What the machine lacks for kernels of our own."""
+    if not INSTALLED["triton"]:
+        return "Triton is not installed: pip install 'hqlt[cuda]'"
+    return None if call.device == "cpu" and interpreted() else no_cuda(call)
+
+
+def unfit(call: Call) -> str | None:
+    """Why there is no kernel of our own for a call."""
+    if call.length == 1:
+        return "one token is the least work as a recurrence"
+    if call.dtype == torch.float64:
+        return "it accumulates in float32: float64 stays with a form of its own precision"
+    if call.key_dim % 2 or call.key_dim > LARGEST_HEAD or call.value_dim > LARGEST_HEAD:
+        return f"it takes even heads of up to {LARGEST_HEAD}, not {call.key_dim} and {call.value_dim}"
+    return None
 
 
 def rows(x: Tensor) -> Tensor:

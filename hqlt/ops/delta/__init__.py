@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import Kernel, Op, deferred
+from hqlt.ops import launch
+from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.delta.chunked import delta_rule_chunked
 from hqlt.ops.delta.reference import delta_rule_reference
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 from hqlt.ops.fla import missing, unfit
+
+
+def _unfit(call: Call) -> str | None:
+    return launch.unfit(call) or ("it has no chunk reads" if call.period else None)
+
 
 DELTA_RULE = Op(
     name="delta rule",
@@ -21,6 +27,14 @@ DELTA_RULE = Op(
             run=deferred("hqlt.ops.delta.fla", "delta_rule_fla"),
             missing=missing,
             unfit=unfit,
+        ),
+        Kernel(
+            name="Triton",
+            backend="triton",
+            run=deferred("hqlt.ops.delta.triton", "delta_rule_triton"),
+            missing=launch.missing,
+            unfit=_unfit,
+            automatic=False,
         ),
     ),
 )

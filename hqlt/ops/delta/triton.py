@@ -265,10 +265,12 @@ def delta_rule_triton(
     scale: float,
     initial_state: Tensor | None,
     borders: list[int] | None,
+    period: int | None,
     features: bool,
-    chunk_size: int | None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Read [B, T, H, V] and final state [N, H, K, V] of the delta rule. Differentiable once."""
+    """Read [B, T, H, V] after each token's write, and final state [N, H, K, V]. Differentiable once."""
+    assert period is None, "chunk reads have a form of their own"
     tile = chunk_size or choose_tile(query.shape[-1])
     state = first_state(initial_state, query, value.shape[-1], borders).contiguous()
     layout = Layout.of(query, key, borders, borders, tile)

@@ -129,7 +129,7 @@ class _Options(NamedTuple):
         query, key, value, beta = tokens
         sizes = tokens.sizes(self.tile, delta.FORWARD_ENTRIES)
         absent = [state] * 10
-        constants = {**self.window.constants(query, value, self.tile), **sizes}
+        constants = {**self.window.constants(query, value, self.tile), **sizes, "num_warps": warps(sizes)}
         del constants["ANCHORED"]
         constants["KV_PRECISION"] = constants.pop("PRECISION")
         with on_device(query):
@@ -141,7 +141,7 @@ class _Options(NamedTuple):
                 0 if logit is None else logit.stride(1), *self.window.strides(), self.window.scale,
                 query.shape[-1] ** -0.5, self.eps, self.delay,
                 **constants, BLEND=logit is not None, GRADIENT=changes is not None,
-                FW_PRECISION=state_precision(query.dtype), num_warps=warps(sizes),
+                FW_PRECISION=state_precision(query.dtype),
             )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def hybrid_memory_triton(
     initial_state: Tensor | None,
     borders: list[int] | None,
     key_borders: list[int] | None,
-    chunk_size: int | None,
+    chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, T, H, V] and the final state [N, H, K, V]. Differentiable once."""
     tile = chunk_size or choose_tile(query.shape[-1])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hqlt.ops.backend import Kernel, Op, deferred
+from hqlt.ops import launch
+from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
 from hqlt.ops.rotary import Angles
 from hqlt.ops.window import libraries
 from hqlt.ops.window.chunked import window_attention_chunked
 from hqlt.ops.window.reference import window_attention_reference
+
+
+def _unfit(call: Call) -> str | None:
+    return launch.unfit(call) or ("it has no dropout" if call.dropout else None)
+
 
 WINDOW_ATTENTION = Op(
     name="window attention",
@@ -29,6 +35,14 @@ WINDOW_ATTENTION = Op(
             run=deferred("hqlt.ops.window.flex", "window_attention_flex"),
             missing=libraries.flex_missing,
             unfit=libraries.flex_unfit,
+        ),
+        Kernel(
+            name="Triton",
+            backend="triton",
+            run=deferred("hqlt.ops.window.triton", "window_attention_triton"),
+            missing=launch.missing,
+            unfit=_unfit,
+            automatic=False,
         ),
     ),
     recurs=False,
@@ -90,11 +104,11 @@ def window_attention(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout={dropout} must lie in [0, 1)")
     check_chunk_size(chunk_size)
-    borders, key_borders = _borders(query, key, cu_seqlens, key_cu_seqlens)
+    borders, key_borders = window_borders(query, key, cu_seqlens, key_cu_seqlens)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if angles is not None:
-        _check_angles(query, angles[0], "query")
-        _check_angles(key, angles[1], "key")
+        check_angles(query, angles[0], "query")
+        check_angles(key, angles[1], "key")
     arguments = (query, key, value, angles, window, anchored, scale, borders, key_borders, dropout)
     return WINDOW_ATTENTION.run(
         backend,
@@ -108,7 +122,8 @@ def window_attention(
     )
 
 
-def _check_angles(x: Tensor, angles: Angles, name: str) -> None:
+def check_angles(x: Tensor, angles: Angles, name: str) -> None:
+    """Angles fit the tokens and heads of x, and are constants."""
     expected = (x.shape[1], 1, x.shape[3] // 2), (*x.shape[1:3], x.shape[3] // 2)
     for kind, table in zip(("cosine", "sine"), angles, strict=True):
         if table.requires_grad:
@@ -120,9 +135,10 @@ def _check_angles(x: Tensor, angles: Angles, name: str) -> None:
             )
 
 
-def _borders(
+def window_borders(
     query: Tensor, key: Tensor, cu_seqlens: Tensor | None, key_cu_seqlens: Tensor | None
 ) -> tuple[list[int] | None, list[int] | None]:
+    """Borders of the packed documents among queries and keys, as host integers; None where rows are documents."""
     borders = documents(cu_seqlens, query.shape[0], query.shape[1])
     if borders is None:
         if key_cu_seqlens is not None:

@@ -125,10 +125,7 @@ def _key_backward(
         k = turn(k, k_cos + angles, k_sin + angles, k_turns, exists, angle_stride, K, 1)
     v = load_tile(value + head * V, key_start + places, exists, v_stride, v_columns, v_columns < V)
     last = tl.max(places)
-    if ANCHORED:
-        stop = last - last % WINDOW + WINDOW
-    else:
-        stop = last + WINDOW
+    stop = last - last % WINDOW + WINDOW if ANCHORED else last + WINDOW
     grad_k = tl.zeros([C, BK], tl.float32)
     grad_v = tl.zeros([C, BV], tl.float32)
     for first in range(tl.maximum(tl.min(places) - past, 0), tl.minimum(stop - past, length), C):
@@ -185,6 +182,7 @@ class Window(NamedTuple):
             "H": query.shape[2], "K": key_dim, "V": value_dim, "BK": halved_block(key_dim), "BV": block(value_dim),
             "C": tile, "WINDOW": self.window, "ANCHORED": self.anchored, "ROTARY": self.angles is not None,
             "PACKED": self.packed, "PRECISION": attention_precision(query.dtype),
+            "num_warps": 8 if max(key_dim, value_dim) > 64 else 4,
         }  # fmt: skip
 
 
@@ -266,10 +264,12 @@ def window_attention_triton(
     scale: float,
     borders: list[int] | None,
     key_borders: list[int] | None,
-    chunk_size: int | None,
+    dropout: float,
+    chunk_size: int | None = None,
 ) -> Tensor:
     """Read [B, T, H, V]: softmax over the keys in the window. Differentiable once."""
-    tile = chunk_size or (64 if query.shape[-1] <= 128 else 32)
+    assert not dropout, "dropout has a form of its own"
+    tile = chunk_size or (64 if max(query.shape[-1], value.shape[-1]) <= 128 else 32)
     layout = Layout.of(query, key, borders, key_borders, tile)
     options = Window(angles, window or UNBOUNDED, anchored, scale, borders is not None)
     read: Tensor = _WindowAttention.apply(query, key, value, layout, options, tile)  # type: ignore[no-untyped-call]
