@@ -19,6 +19,7 @@ from hqlt.layers.kv_memory import read_kv_memory
 from hqlt.layers.linear import Linear, ResidualLinear
 from hqlt.layers.mixers import Mixer
 from hqlt.layers.norm import RMSNorm, make_dropout
+from hqlt.layers.ring import RingSegments, step_in_place
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.segments import Segments, Span
 from hqlt.layers.state import PER_TOKEN, MemoryState, compact
@@ -146,13 +147,15 @@ class HybridMemory(nn.Module):
         past = whole if segments.rows is None else whole.select(segments.rows)
         span = segments.span(self.schedule)
         query, tokens = self._project(x, past, span)
+        if isinstance(segments, RingSegments):
+            return self._projected(x, step_in_place(self, x, query, tokens.parts(), past, segments)), past
         reads, new = self._remember(query, tokens, past, span, segments)
         if past.history is not None and not isinstance(segments, FixedSegments):
             if self.training:
                 raise ValueError("a tracked state needs evaluation mode: call model.eval(), or state.untracked()")
             history = past.history.extended(tokens.parts(), segments, partial(rewrite, self.config))
             new = dataclasses.replace(new, history=history)
-        y = self._output(x, reads)
+        y = self._projected(x, self._mixed(x, reads))
         return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
 
     def _remember(
@@ -277,12 +280,15 @@ class HybridMemory(nn.Module):
         beta, log_decay = (None, None) if self.update_rule is None else self.update_rule(x)
         return query, _Tokens(key, value, beta, log_decay, inputs)
 
-    def _output(self, x: Tensor, reads: list[Tensor]) -> Tensor:
+    def _mixed(self, x: Tensor, reads: list[Tensor]) -> Tensor:
         if self.lesion is not None:
             reads = self.lesion.reads(reads, self.memories)
-        mixed = reads[0]
-        if self.output_norm is not None:
-            mixed = self.output_norm(*(reads if self.mixer is None else self._blended(self.mixer, x, *reads)))
+        if self.output_norm is None:
+            return reads[0]
+        mixed: Tensor = self.output_norm(*(reads if self.mixer is None else self._blended(self.mixer, x, *reads)))
+        return mixed
+
+    def _projected(self, x: Tensor, mixed: Tensor) -> Tensor:
         mixed = mixed.flatten(2)
         if self.gate_proj is not None:
             mixed = mixed * F.silu(self.gate_proj(x))

@@ -59,6 +59,17 @@ class Mixer(nn.Module):
         fw, kv = gate.chunk(2, -1)
         return fw, kv
 
+    def step_input(self, x: Tensor) -> Tensor | None:
+        """The ``mixer_input`` of :func:`hqlt.ops.hybrid_step` by the inputs [N, 1, D] of one token."""
+        if self.kind == "sum":
+            return None
+        if self.kind == "static_scalar":
+            return torch.cat([self.fw_scale, self.kv_scale])
+        logit: Tensor = self.gate_proj(x)
+        return logit.view(
+            -1, *((2, self.heads) if self.kind == "dynamic_scalar" else (self.heads, logit.shape[-1] // self.heads))
+        )
+
     def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
         """What the output norm takes of two reads [B, T, H, V] by the input [B, T, D].
 

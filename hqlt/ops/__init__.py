@@ -8,6 +8,7 @@ from hqlt.ops.hybrid import hybrid_memory
 from hqlt.ops.linear import linear_attention
 from hqlt.ops.rotary import rotary, rotary_table
 from hqlt.ops.short_conv import short_convolution
+from hqlt.ops.step import hybrid_step
 from hqlt.ops.window import window_attention
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "delta_rule",
     "gated_delta_rule",
     "hybrid_memory",
+    "hybrid_step",
     "linear_attention",
     "rms_norm",
     "rotary",
