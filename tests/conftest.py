@@ -4,6 +4,10 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported, which neither torch nor hqlt do by themselves.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 pytest.register_assert_rewrite("tests.helpers", "tests.ops.fast_weight")
 torch.set_num_threads(1)
 if not torch.cuda.is_available():

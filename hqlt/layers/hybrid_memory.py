@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
 from hqlt.layers.fixed import FixedSegments, FixedSpan
+from hqlt.layers.fused import is_fused, read_both
 from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
 from hqlt.layers.kv_memory import read_kv_memory
 from hqlt.layers.linear import Linear, ResidualLinear
@@ -149,52 +150,75 @@ class HybridMemory(nn.Module):
         query, tokens = self._project(x, past, span)
         if isinstance(segments, RingSegments):
             return self._projected(x, step_in_place(self, x, query, tokens.parts(), past, segments)), past
-        reads, new = self._remember(query, tokens, past, span, segments)
+        kept = self._joined(tokens, past, span)
+        fast_weight: Tensor | None
+        if is_fused(self, query, segments):
+            assert tokens.beta is not None
+            mixed, fast_weight = read_both(self, x, query, tokens.beta, kept, past, span)
+        else:
+            reads, fast_weight = self._read(query, tokens, kept, past, span)
+            mixed = self._mixed(x, reads)
+        new = self._next_state(tokens, kept, fast_weight, past, span, segments)
         if past.history is not None and not isinstance(segments, FixedSegments):
             if self.training:
                 raise ValueError("a tracked state needs evaluation mode: call model.eval(), or state.untracked()")
             history = past.history.extended(tokens.parts(), segments, partial(rewrite, self.config))
             new = dataclasses.replace(new, history=history)
-        y = self._projected(x, self._mixed(x, reads))
+        y = self._projected(x, mixed)
         return y, new if segments.rows is None else whole.replace_rows(segments.rows, new)
 
-    def _remember(
+    def _joined(self, tokens: _Tokens, past: MemoryState, span: Span | FixedSpan) -> dict[str, Tensor]:
+        """Carried and new tokens of all that is carried per token, gates among them on a grid of chunks."""
+        names = ["key", "value"]
+        if self.schedule.anchored and self.update_rule is not None:
+            names += [name for name in ("beta", "log_decay") if getattr(tokens, name) is not None]
+        return {name: span.join(getattr(past, name), getattr(tokens, name)) for name in names}
+
+    def _read(
         self,
         query: Tensor | None,
         tokens: _Tokens,
+        kept: dict[str, Tensor],
         past: MemoryState,
         span: Span | FixedSpan,
-        segments: Segments | FixedSegments,
-    ) -> tuple[list[Tensor], MemoryState]:
-        """Write the tokens into both memories: the reads of the queries, FW memory first, and the next state.
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Write the tokens into both memories: the reads of the queries, FW memory first, and the next fast weight.
 
         Without queries nothing is read of KV memory, and what is read of FW memory means nothing.
         """
-        kept = {"key": span.join(past.key, tokens.key), "value": span.join(past.value, tokens.value)}
         held = (kept["key"], kept["value"])
         reads, fast_weight = [], None
         if self.update_rule is not None:
-            beta, log_decay = tokens.beta, tokens.log_decay
-            assert beta is not None
+            assert tokens.beta is not None
             queries = tokens.key if query is None else query
             if self.schedule.anchored:
-                kept["beta"] = beta = span.join(past.beta, beta)
-                if log_decay is not None:
-                    kept["log_decay"] = log_decay = span.join(past.log_decay, log_decay)
+                gates = (kept["beta"], kept.get("log_decay"))
                 read, fast_weight = read_fw_chunks(
-                    self.update_rule, self.config.window or 1, queries, *held, (beta, log_decay), past, span
+                    self.update_rule, self.config.window or 1, queries, *held, gates, past, span
                 )
             else:
-                gates = (beta, log_decay)
+                gates = (tokens.beta, tokens.log_decay)
                 read, fast_weight = read_fw_memory(self.update_rule, self.schedule, queries, *held, gates, past, span)
             reads.append(read)
         if self.config.kv_memory and query is not None:
             reads.append(read_kv_memory(query, *held, span, self.config, self._attention_dropout()))
+        return reads, fast_weight
+
+    def _next_state(
+        self,
+        tokens: _Tokens,
+        kept: dict[str, Tensor],
+        fast_weight: Tensor | None,
+        past: MemoryState,
+        span: Span | FixedSpan,
+        segments: Segments | FixedSegments,
+    ) -> MemoryState:
+        """The state after the tokens, untracked."""
         convolution = None
         if tokens.inputs is not None and past.convolution is not None:
             before = past.convolution.to(tokens.inputs.dtype)
             convolution = _last_inputs(before, tokens.inputs, span.borders)
-        return reads, MemoryState(
+        return MemoryState(
             position=segments.position_tensor,
             held=segments.held(self.schedule),
             fast_weight=fast_weight,
@@ -317,7 +341,10 @@ def rewrite(config: MemoryConfig, start: MemoryState, tokens: dict[str, Tensor],
     segments = Segments((shape[0], shape[1]), start.position, mask, device=tokens["key"].device)
     past = start if segments.rows is None else start.select(segments.rows)
     packed = _Tokens(**{name: segments.pack(x) for name, x in tokens.items()})
-    _, new = layer._remember(None, packed, past, segments.span(layer.schedule), segments)
+    span = segments.span(layer.schedule)
+    kept = layer._joined(packed, past, span)
+    _, fast_weight = layer._read(None, packed, kept, past, span)
+    new = layer._next_state(packed, kept, fast_weight, past, span, segments)
     return new if segments.rows is None else start.replace_rows(segments.rows, new)
 
 

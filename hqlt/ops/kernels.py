@@ -156,8 +156,9 @@ def attend(
 def correct_tile(q, k, v, beta, state, scale, PRECISION: tl.constexpr):
     """The delta rule over a tile that enters with ``state`` [BK, BV].
 
-    With L the strictly lower part of K Kᵀ, X = (I + diag(β) L)⁻¹ and R = V − K M, the tile writes U = X diag(β) R:
-    read = s (Q M + tril(Q Kᵀ) U), M ← M + Kᵀ U. The errors of recall are E = R − L U, and U = diag(β) E.
+    With L the strictly lower part of K Kᵀ, X = (I + diag(β) L)⁻¹ and R = V − K M, the tile writes
+    U = X diag(β) R: read = s (Q M + tril(Q Kᵀ) U), M ← M + Kᵀ U. The errors of recall are
+    E = R − L U, and U = diag(β) E.
 
     Returns:
         read [C, BV], the next state, X [C, C], E [C, BV].

@@ -50,14 +50,15 @@ class Layout:
 
 @lru_cache(maxsize=32)
 def _layout(borders: tuple[int, ...], key_borders: tuple[int, ...], tile: int, device: torch.device) -> Layout:
-    tables = []
-    for edges in (borders, key_borders):
+    def tables(edges: tuple[int, ...]) -> list[Tensor]:
         counts = torch.tensor([-(-(b - a) // tile) for a, b in pairwise(edges)])
         starts = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])
         documents = torch.repeat_interleave(torch.arange(len(counts), dtype=torch.int32), counts)
-        tables.append([x.to(device) for x in (torch.tensor(edges), starts, documents)])
-    (query_borders, query_tiles, query_documents), (edges, key_tiles, key_documents) = tables
-    return Layout(query_borders, edges, query_tiles, key_tiles, query_documents, key_documents)
+        return [x.to(device) for x in (torch.tensor(edges), starts, documents)]
+
+    of_queries, of_keys = tables(borders), tables(key_borders)
+    pairs = zip(of_queries, of_keys, strict=True)
+    return Layout(*(x for pair in pairs for x in pair))
 
 
 def missing(call: Call) -> str | None:
@@ -119,9 +120,8 @@ def choose_tile(key_dim: int) -> int:
     return 64 if key_dim <= 64 else 32
 
 
-def warps(sizes: dict[str, int]) -> int:
-    """Warps of a program that holds a state of BK × BV: 64 entries of it in each thread."""
-    return max(4, min(8, sizes["BK"] * sizes["BV"] // 2048))
+# One stage: what would be loaded ahead of a loop's next tile has no room beside the state.
+SCAN_OPTIONS = {"num_warps": 8, "num_stages": 1}
 
 
 def on_device(x: Tensor) -> AbstractContextManager[None]:

@@ -29,7 +29,7 @@ from hqlt.ops.kernels import (
     unit_silu,
     unit_silu_gradient,
 )
-from hqlt.ops.launch import Layout, block, choose_tile, halved_block, on_device, rows, state_precision, warps
+from hqlt.ops.launch import SCAN_OPTIONS, Layout, block, choose_tile, halved_block, on_device, rows, state_precision
 
 # A state of 128 x 128 in float32 fills a quarter of a multiprocessor's registers; the backward pass holds two.
 FORWARD_ENTRIES = 128 * 128
@@ -189,72 +189,84 @@ class Pass(NamedTuple):
         return Pass(*(new(shape, dtype=torch.float32) for shape in shapes))
 
 
-def forward(
-    tokens: Tokens, state: Tensor, layout: Layout, scale: float, delay: int, features: bool, tile: int, save: bool
-) -> tuple[Tensor, Tensor] | Pass:
-    """The read and the final state, or what the backward pass needs."""
-    sizes = tokens.sizes(tile, FORWARD_ENTRIES)
-    query, value = tokens.query, tokens.value
-    read, final, kept = query, state, Pass(state, state, state)
-    if save:
-        kept = Pass.empty(tokens, layout, tile)
-    else:
-        read = query.new_empty(*query.shape[:3], value.shape[-1])
-        final = torch.empty_like(state)
-    grid = (layout.documents * sizes["H"], triton.cdiv(sizes["V"], sizes["BV"]))
-    with on_device(query):
-        _forward[grid](
-            *tokens, state, read, final, *kept, layout.query_borders, layout.key_borders, layout.query_tiles,
-            query.stride(1), tokens.key.stride(1), value.stride(1), tokens.beta.stride(1), scale, delay,
-            **sizes, FEATURES=features, SAVE=save, PRECISION=state_precision(query.dtype), num_warps=warps(sizes),
-        )  # fmt: skip
-    return kept if save else (read, final)
+class Scan(NamedTuple):
+    """Options of a pass over the tiles: where tokens lie, s, the delay of writes, the feature map, C."""
 
+    layout: Layout
+    scale: float
+    delay: int
+    features: bool
+    tile: int
 
-def backward(
-    tokens: Tokens, kept: Pass, grad_read: Tensor, grad_state: Tensor,
-    layout: Layout, scale: float, delay: int, features: bool, tile: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of query, key, value, β and the initial state, in float32; ``grad_read`` is contiguous."""
-    sizes = tokens.sizes(tile, BACKWARD_ENTRIES)
-    query, key, value, beta = tokens
-    parts = triton.cdiv(sizes["V"], sizes["BV"])
-    wide = {"dtype": torch.float32, "device": query.device}
-    # Keys that no query of this call writes have no gradient here.
-    room = torch.empty if delay == 0 and key.shape[1] == query.shape[1] else torch.zeros
-    grad_query, grad_beta = torch.empty(parts, *query.shape, **wide), torch.empty(parts, *beta.shape, **wide)
-    grad_key, grad_value = room(parts, *key.shape, **wide), room(value.shape, **wide)
-    grad_initial = torch.empty_like(grad_state)
-    with on_device(query):
-        _backward[(layout.documents * sizes["H"], parts)](
-            query, key, beta, *kept, grad_read, grad_state,
-            grad_query, grad_key, grad_value, grad_beta, grad_initial,
-            layout.query_borders, layout.key_borders, layout.query_tiles,
-            query.stride(1), key.stride(1), beta.stride(1), query.numel(), key.numel(), beta.numel(), scale, delay,
-            **sizes, FEATURES=features, PRECISION=state_precision(query.dtype), num_warps=warps(sizes),
-        )  # fmt: skip
-    return grad_query.sum(0), grad_key.sum(0), grad_value, grad_beta.sum(0), grad_initial
+    def forward(self, tokens: Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
+        """The read and the final state."""
+        query = tokens.query
+        read, final = query.new_empty(*query.shape[:3], tokens.value.shape[-1]), torch.empty_like(state)
+        self._launch(tokens, state, (read, final), None)
+        return read, final
+
+    def repeat(self, tokens: Tokens, state: Tensor) -> Pass:
+        """What the backward pass needs of the forward one."""
+        kept = Pass.empty(tokens, self.layout, self.tile)
+        self._launch(tokens, state, (state, state), kept)
+        return kept
+
+    def _launch(self, tokens: Tokens, state: Tensor, results: tuple[Tensor, Tensor], kept: Pass | None) -> None:
+        sizes = tokens.sizes(self.tile, FORWARD_ENTRIES)
+        query, key, value, beta = tokens
+        layout = self.layout
+        with on_device(query):
+            _forward[(layout.documents * sizes["H"], triton.cdiv(sizes["V"], sizes["BV"]))](
+                *tokens, state, *results, *(kept or (state, state, state)),
+                layout.query_borders, layout.key_borders, layout.query_tiles,
+                query.stride(1), key.stride(1), value.stride(1), beta.stride(1), self.scale, self.delay,
+                **sizes, FEATURES=self.features, SAVE=kept is not None, PRECISION=state_precision(query.dtype),
+                **SCAN_OPTIONS,
+            )  # fmt: skip
+
+    def backward(self, tokens: Tokens, kept: Pass, grad_read: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of query, key, value, β and the initial state, in float32; ``grad_read`` is contiguous."""
+        sizes = tokens.sizes(self.tile, BACKWARD_ENTRIES)
+        query, key, value, beta = tokens
+        layout = self.layout
+        parts = triton.cdiv(sizes["V"], sizes["BV"])
+        # Keys that no query of this call writes have no gradient here.
+        room = torch.empty if self.delay == 0 and key.shape[1] == query.shape[1] else torch.zeros
+        grads = [
+            make(shape, dtype=torch.float32, device=query.device)
+            for make, shape in ((torch.empty, (parts, *query.shape)), (room, (parts, *key.shape)),
+                                (room, value.shape), (torch.empty, (parts, *beta.shape)))
+        ]  # fmt: skip
+        grad_initial = torch.empty_like(grad_state)
+        with on_device(query):
+            _backward[(layout.documents * sizes["H"], parts)](
+                query, key, beta, *kept, grad_read, grad_state, *grads, grad_initial,
+                layout.query_borders, layout.key_borders, layout.query_tiles,
+                query.stride(1), key.stride(1), beta.stride(1), query.numel(), key.numel(), beta.numel(),
+                self.scale, self.delay,
+                **sizes, FEATURES=self.features, PRECISION=state_precision(query.dtype), **SCAN_OPTIONS,
+            )  # fmt: skip
+        grad_query, grad_key, grad_value, grad_beta = grads
+        return grad_query.sum(0), grad_key.sum(0), grad_value, grad_beta.sum(0), grad_initial
 
 
 class _DeltaRule(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, beta: Tensor, state: Tensor,
-                layout: Layout, scale: float, features: bool, tile: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+                scan: Scan) -> tuple[Tensor, Tensor]:  # fmt: skip
         tokens = Tokens(query, key, value, beta).contiguous()
         ctx.save_for_backward(*tokens, state)
-        ctx.options = layout, scale, 0, features, tile
-        read, final = forward(tokens, state, *ctx.options, save=False)
-        return read, final
+        ctx.scan = scan
+        return scan.forward(tokens, state)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_read: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         *saved, state = ctx.saved_tensors
         tokens = Tokens(*saved)
-        kept = forward(tokens, state, *ctx.options, save=True)
-        assert isinstance(kept, Pass)
-        grads = backward(tokens, kept, grad_read.contiguous(), grad_state.contiguous(), *ctx.options)
-        return *(grad.to(x.dtype) for grad, x in zip(grads, ctx.saved_tensors, strict=True)), None, None, None, None
+        kept = ctx.scan.repeat(tokens, state)
+        grads = ctx.scan.backward(tokens, kept, grad_read.contiguous(), grad_state.contiguous())
+        return *(grad.to(x.dtype) for grad, x in zip(grads, ctx.saved_tensors, strict=True)), None
 
 
 def delta_rule_triton(
@@ -273,6 +285,6 @@ def delta_rule_triton(
     assert period is None, "chunk reads have a form of their own"
     tile = chunk_size or choose_tile(query.shape[-1])
     state = first_state(initial_state, query, value.shape[-1], borders).contiguous()
-    layout = Layout.of(query, key, borders, borders, tile)
-    read, final = _DeltaRule.apply(query, key, value, beta, state, layout, scale, features, tile)  # type: ignore[no-untyped-call]
+    scan = Scan(Layout.of(query, key, borders, borders, tile), scale, 0, features, tile)
+    read, final = _DeltaRule.apply(query, key, value, beta, state, scan)
     return read, final

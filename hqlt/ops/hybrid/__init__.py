@@ -68,7 +68,7 @@ def hybrid_memory(
         query: raw [B, T, H, K]. key: [B, P + T, H, K]. value: [B, P + T, H, V].
         beta: write strengths [B, T, H].
         logit: of γ, [B, T, H, V]; None adds the reads instead of blending them.
-        norm_weight: [V]. eps: of the norm.
+        norm_weight: [V], which may be more precise than the reads. eps: of the norm.
         window: S. delay: 0 (Synchronous) … S (Delayed-Streaming).
         angles, key_cu_seqlens: as in :func:`hqlt.ops.window_attention`.
         initial_state, cu_seqlens: as in :func:`hqlt.ops.delta_rule`.
@@ -86,7 +86,7 @@ def hybrid_memory(
     """
     check_qkv(query, key, value)
     check_shape("key", key, (query.shape[0], key.shape[1], *query.shape[2:]), "[B, P + T, H, K]")
-    check_floats(query=query, norm_weight=norm_weight, **({} if logit is None else {"logit": logit}))
+    check_floats(query=query, **({} if logit is None else {"logit": logit}))
     read_shape = (*query.shape[:3], value.shape[-1])
     check_shape("beta", beta, query.shape[:3], "[B, T, H]")
     check_shape("norm_weight", norm_weight, value.shape[-1:], "[V]")

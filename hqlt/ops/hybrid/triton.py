@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqlt.ops.delta import triton as delta
-from hqlt.ops.delta.triton import Pass, Tokens
+from hqlt.ops.delta.triton import FORWARD_ENTRIES, Pass, Scan, Tokens
 from hqlt.ops.fast_weight import first_state
 from hqlt.ops.kernels import (
     LOG2E,
@@ -28,7 +27,7 @@ from hqlt.ops.kernels import (
     turn,
     unit_silu,
 )
-from hqlt.ops.launch import Layout, choose_tile, on_device, rows, state_precision, warps
+from hqlt.ops.launch import SCAN_OPTIONS, Layout, choose_tile, on_device, rows, state_precision
 from hqlt.ops.rotary import Angles
 from hqlt.ops.window import triton as attention
 from hqlt.ops.window.triton import Window
@@ -127,9 +126,9 @@ class _Options(NamedTuple):
     ) -> None:  # fmt: skip
         """Run the kernel, forward into ``results``, or with the gradient of the output, first of ``changes``."""
         query, key, value, beta = tokens
-        sizes = tokens.sizes(self.tile, delta.FORWARD_ENTRIES)
+        sizes = tokens.sizes(self.tile, FORWARD_ENTRIES)
         absent = [state] * 10
-        constants = {**self.window.constants(query, value, self.tile), **sizes, "num_warps": warps(sizes)}
+        constants = {**self.window.constants(query, value, self.tile), **sizes, **SCAN_OPTIONS}
         del constants["ANCHORED"]
         constants["KV_PRECISION"] = constants.pop("PRECISION")
         with on_device(query):
@@ -163,31 +162,22 @@ class _Hybrid(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, beta, logit, norm_weight, state = ctx.saved_tensors
-        layout, window, delay, _, tile = options = ctx.options
+        options = ctx.options
+        layout, window, delay, _, tile = options
         tokens = Tokens(query, key, value, beta)
-        wide = {"dtype": torch.float32, "device": query.device}
         grad_y = grad_y.contiguous()
-        grad_fw, grad_kv = torch.empty(grad_y.shape, **wide), torch.empty(grad_y.shape, **wide)
         grad_logit = grad_y if logit is None else torch.empty(logit.shape, dtype=logit.dtype, device=logit.device)
-        grad_weight = torch.empty(layout.documents * query.shape[2], value.shape[-1], **wide)
-        weight, along = torch.empty(beta.shape, **wide), torch.empty(beta.shape, **wide)
+        heads = (layout.documents * query.shape[2], value.shape[-1])
+        shapes = (grad_y.shape, grad_y.shape, heads, beta.shape, beta.shape)
+        grad_fw, grad_kv, grad_weight, weight, along = (query.new_empty(x, dtype=torch.float32) for x in shapes)
         kept = Pass.empty(tokens, layout, tile)
         changes = [grad_y, grad_fw, grad_kv, grad_logit, grad_weight, weight, along, *kept]
         options.launch(tokens, logit, norm_weight, state, (grad_y, state), changes)
-        scale = query.shape[-1] ** -0.5
-        *base, grad_beta, grad_initial = _fw_gradients(tokens, kept, grad_fw, grad_state, layout, scale, delay, tile)
-        grads = attention.backward(
-            query, key, value, weight, along, grad_kv, layout, window, tile, (base[0], base[1], base[2])
-        )
+        scan = Scan(layout, query.shape[-1] ** -0.5, delay, True, tile)
+        *base, grad_beta, grad_initial = scan.backward(tokens, kept, grad_fw, grad_state.contiguous())
+        grads = attention.backward(query, key, value, weight, along, grad_kv, layout, window, tile, base)
         return (*grads, grad_beta.to(beta.dtype), None if logit is None else grad_logit,
                 grad_weight.sum(0).to(norm_weight.dtype), grad_initial, None)  # fmt: skip
-
-
-def _fw_gradients(
-    tokens: Tokens, kept: Pass, grad_fw: Tensor, grad_state: Tensor,
-    layout: Layout, scale: float, delay: int, tile: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return delta.backward(tokens, kept, grad_fw, grad_state.contiguous(), layout, scale, delay, True, tile)
 
 
 def hybrid_memory_triton(
@@ -212,5 +202,5 @@ def hybrid_memory_triton(
     layout = Layout.of(query, key, borders, key_borders, tile)
     attended = Window(angles, window, False, query.shape[-1] ** -0.5, borders is not None)
     options = _Options(layout, attended, delay, eps, tile)
-    y, final = _Hybrid.apply(query, key, value, beta, logit, norm_weight, state, options)  # type: ignore[no-untyped-call]
+    y, final = _Hybrid.apply(query, key, value, beta, logit, norm_weight, state, options)
     return y, final

@@ -7,6 +7,7 @@ values takes a tile of keys and passes over the queries that see it. With weight
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -182,7 +183,7 @@ class Window(NamedTuple):
             "H": query.shape[2], "K": key_dim, "V": value_dim, "BK": halved_block(key_dim), "BV": block(value_dim),
             "C": tile, "WINDOW": self.window, "ANCHORED": self.anchored, "ROTARY": self.angles is not None,
             "PACKED": self.packed, "PRECISION": attention_precision(query.dtype),
-            "num_warps": 8 if max(key_dim, value_dim) > 64 else 4,
+            "num_warps": 8 if max(key_dim, value_dim) > 64 else 4, "num_stages": 1,
         }  # fmt: skip
 
 
@@ -204,7 +205,7 @@ def forward(
 
 def backward(
     query: Tensor, key: Tensor, value: Tensor, weight: Tensor, along: Tensor, grad_read: Tensor,
-    layout: Layout, window: Window, tile: int, base: tuple[Tensor, Tensor, Tensor] | None = None,
+    layout: Layout, window: Window, tile: int, base: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of query, key and value, in their dtypes, added to ``base``.
 
@@ -272,5 +273,5 @@ def window_attention_triton(
     tile = chunk_size or (64 if max(query.shape[-1], value.shape[-1]) <= 128 else 32)
     layout = Layout.of(query, key, borders, key_borders, tile)
     options = Window(angles, window or UNBOUNDED, anchored, scale, borders is not None)
-    read: Tensor = _WindowAttention.apply(query, key, value, layout, options, tile)  # type: ignore[no-untyped-call]
+    read: Tensor = _WindowAttention.apply(query, key, value, layout, options, tile)
     return read
