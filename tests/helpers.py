@@ -34,10 +34,10 @@ def results(
     leaves = {name: x.detach().clone().requires_grad_() for name, x in tensors.items()}
     outputs = function(**leaves)
     generator = torch.Generator().manual_seed(7)
-    total = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64, device=outputs[0].device)
     for output in outputs:
         weight = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-        total = total + (output * weight.to(upstream or output.dtype)).sum().double()
+        total = total + (output * weight.to(output.device, upstream or output.dtype)).sum().double()
     total.backward()
     found = {f"output {n}": output.detach() for n, output in enumerate(outputs)}
     for name, leaf in leaves.items():

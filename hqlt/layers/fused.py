@@ -26,6 +26,8 @@ def is_fused(layer: HybridMemory, query: Tensor, segments: object) -> bool:
         return False
     if config.update_rule != "delta" or layer.lesion is not None or layer.mixer is None:
         return False
+    if layer.mixer._forward_pre_hooks or layer.mixer._forward_hooks:  # somebody watches the gate
+        return False
     call = Call(
         query.device.type,
         query.dtype,
