@@ -8,7 +8,7 @@ from hqlt.models import Decoder, LanguageModel, SequenceModel, layer_from_refere
 from hqlt.models.files import load_model, save_model
 from hqlt.models.state_files import load_state, pack_state, save_state, unpack_state
 from hqlt.models.streaming import StreamScore
-from hqlt.ops import delta_rule, gated_delta_rule, linear_attention, window_attention
+from hqlt.ops import delta_rule, gated_delta_rule, hybrid_memory, linear_attention, window_attention
 
 if TYPE_CHECKING:
     from hqlt.models.cache import HQLTCache as HQLTCache
@@ -30,6 +30,7 @@ __all__ = [
     "StreamScore",
     "delta_rule",
     "gated_delta_rule",
+    "hybrid_memory",
     "layer_from_reference",
     "linear_attention",
     "load_model",

@@ -98,7 +98,12 @@ def _choice(
     call = Call(**{"device": device, "dtype": dtype, **shape, **facts})
     chosen = op.choose("auto", call)
     name = chosen.name if isinstance(chosen, Kernel) else chosen
-    others = {kernel.name: kernel.obstacle(call) or f"{name} comes first" for kernel in op.kernels if kernel != chosen}
+    others = {
+        kernel.name: kernel.obstacle(call)
+        or (f"{name} comes first" if kernel.automatic else f"on request only: backend='{kernel.backend}'")
+        for kernel in op.kernels
+        if kernel != chosen
+    }
     return {
         "op": op.name,
         "schedule": schedule,
