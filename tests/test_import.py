@@ -2,7 +2,18 @@ import os
 import subprocess
 import sys
 
-HEAVY = ("transformers", "datasets", "lm_eval", "gymnasium", "matplotlib", "jinja2", "tqdm", "pandas", "scipy")
+HEAVY = (
+    "transformers",
+    "datasets",
+    "lm_eval",
+    "gymnasium",
+    "matplotlib",
+    "jinja2",
+    "tqdm",
+    "pandas",
+    "scipy",
+    "triton",
+)
 
 
 def run(code: str) -> str:

@@ -97,6 +97,8 @@ class Decoder:
             aligned = {name: _aligned(x, layer.held, first, size) for name, x in parts.items() if name in PER_TOKEN}
             buffers.append({**parts, **aligned})
         if kind not in self._prepared:
+            # A graph keeps its weights: drop those of weights that were replaced.
+            self._prepared = {k: x for k, x in self._prepared.items() if k.weights in ((), kind.weights)}
             self._prepared[kind] = self._prepare(kind, buffers)
         self._spans, self._step, self._device_position, self._buffers = self._prepared[kind]
         if kind.in_place:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hqlt import LanguageModel, MemoryConfig, ModelConfig
+from hqlt.layers.lesions import lesion
 from hqlt.layers.linear import Linear
 from hqlt.layers.state import ModelState
 from hqlt.models import Decoder
@@ -100,6 +101,110 @@ def test_compiled_steps_agree_and_do_not_mix_models():
     assert_close(decoders[1](ids), models[1](ids[:, None], state)[0][:, 0])
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def all_steps(dtype: torch.dtype = torch.float64) -> tuple[LanguageModel, LanguageModel]:
+    """A model with layers of all kinds that the kernel decodes, and the same in float64 without kernels."""
+    memories = (
+        {"window": 3, "schedule": "delayed_streaming", "update_rule": "gated_delta", "short_convolution": True},
+        {"window": 3, "schedule": "delayed_chunk", "expand_v": 1.5, "position_encoding": "none"},
+        {"window": 4, "schedule": "overlap", "delay": 2, "mixer": "dynamic_scalar"},
+        {"window": 2, "update_rule": None},
+        only_memory(output_gate=True),
+    )
+    models = []
+    for backend in ("triton", "auto"):
+        torch.manual_seed(3)
+        shape = {"hidden_size": 8, "num_heads": 1, "backend": backend}
+        memory = tuple(MemoryConfig(**shape, **options) for options in memories)
+        sizes = {"vocab_size": VOCABULARY, "num_hidden_layers": len(memories)}
+        config = ModelConfig(**sizes, memory=memory, initializer_range=0.4, position_embedding="sinusoidal")
+        models.append(LanguageModel(config).to(dtype).eval())
+    return models[0].to(DEVICE), models[1].double()
+
+
+@torch.no_grad()
+def test_kernel_steps_change_nothing():
+    model, exact = all_steps()
+    _, first = ragged_prompt(exact, [1, 6])
+    kept = first.map(torch.clone)
+    decoder, state, shown = Decoder(model), first, []
+    decoder.load(state)
+    for n in range(9):
+        ids = torch.randint(VOCABULARY, (2,))
+        expected, state = exact(ids[:, None], state)
+        assert_close(decoder(ids).cpu(), expected[:, 0], EXACT, f"token {n}")
+        shown.append((decoder.state.map(torch.Tensor.cpu), decoder.state, state))
+    # Later steps change what the decoder holds, never a state that it took or gave.
+    for mine, held, theirs in shown:
+        assert_same_state(mine, theirs)
+        assert_same_state(held.map(torch.Tensor.cpu), theirs)
+    assert_same_state(first, kept)
+    decoder.load(first)
+    expected, _ = exact(ids[:, None], first)
+    assert_close(decoder(ids).cpu(), expected[:, 0])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@torch.no_grad()
+def test_kernel_steps_in_other_dtypes(dtype, tolerance):
+    model, exact = all_steps(dtype)
+    decoder = Decoder(model)
+    decoder.load(model.empty_state(1))
+    ids = torch.randint(VOCABULARY, (4,))
+    found = torch.stack([decoder(token.view(1))[0] for token in ids])
+    assert found.dtype == dtype
+    assert_close(found.cpu(), exact(ids[None])[0][0], tolerance)
+
+
+@torch.no_grad()
+def test_lesions_and_kernel_steps():
+    model, exact = all_steps()
+    decoder = Decoder(model, compile=False)
+    _, state = ragged_prompt(exact, [4])
+    decoder.load(state)
+    ids = torch.tensor([3])
+    with lesion(model, kv=True), lesion(exact, kv=True):
+        with pytest.raises(ValueError, match=r"began since load\(\)"):
+            decoder(ids)
+        decoder.load(state)
+        assert_close(decoder(ids).cpu(), exact(ids[:, None], state)[0][:, 0])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel runs on this machine")
+def test_kernel_steps_without_a_device(monkeypatch):
+    model, exact = all_steps()
+    decoder = Decoder(model)
+    decoder.load(ragged_prompt(exact, [4])[1])
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="cannot run on cpu"):
+        decoder(torch.tensor([3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "graph"])
+@torch.no_grad()
+def test_steps_on_a_device(compile):
+    model, exact = all_steps(torch.float32)
+    decoder = Decoder(model, compile=compile)
+    for _ in range(2):  # other documents by the same graph, which sees weights that change in place
+        _, state = ragged_prompt(exact, [2, 5, 9])
+        decoder.load(state)
+        for token in torch.randint(VOCABULARY, (9, 3)):
+            expected, state = exact(token[:, None], state)
+            assert_close(decoder(token.cuda()).cpu(), expected[:, 0], 1e-4)
+        for parameter in (*model.parameters(), *exact.parameters()):
+            parameter.mul_(0.9)
+    for parameter in model.parameters():
+        parameter.data = 0.9 * parameter
+    for parameter in exact.parameters():
+        parameter.mul_(0.9)
+    _, state = ragged_prompt(exact, [2, 5, 9])
+    decoder.load(state)
+    assert_close(decoder(token.cuda()).cpu(), exact(token[:, None], state)[0][:, 0], 1e-4)
+
+
 def test_generation_with_a_decoder():
     model = make_model({})
     prompt = torch.randint(VOCABULARY, (7,))
@@ -163,6 +268,8 @@ def test_clear_errors():
     decoder = Decoder(model, compile=False)
     with pytest.raises(ValueError, match="no state yet"):
         decoder(torch.tensor([1]))
+    with pytest.raises(ValueError, match="no state yet"):
+        _ = decoder.state
     _, state = ragged_prompt(model, [3, 5])
     with pytest.raises(ValueError, match="1 layers but the model has 2"):
         decoder.load(ModelState(state.layers[:1]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from hqlt.ops.step.ring import Ring
 __all__ = ["BACKENDS", "Ring", "hybrid_step", "kernel_runs_on"]
 
 BACKENDS = ("auto", "reference", "triton")
+INSTALLED = find_spec("triton") is not None  # looked up once: it takes longer than a step
 
 
 @torch.no_grad()
@@ -100,9 +100,11 @@ def hybrid_step(
 
 def kernel_runs_on(device: torch.device) -> bool:
     """Whether the kernel can run there: Triton is installed, and the device is CUDA or Triton's interpreter is on."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if not INSTALLED or device.type == "cuda":
+        return INSTALLED
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 def _choose(backend: str, device: torch.device) -> str:

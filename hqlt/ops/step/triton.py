@@ -47,7 +47,8 @@ def _read_kv(
     for first in range(1, count, BLOCK_L):
         distance = first + tl.arange(0, BLOCK_L)
         seen = distance < count
-        older = (slot + L - distance) % L
+        older = slot - distance
+        older = tl.where(older < 0, older + L, older).to(tl.int64)
         mask = seen[:, None] & (i < K)[None, :]
         keys = tl.load(ring_key + older[:, None] * (H * K) + i[None, :], mask=mask, other=0).to(query.dtype)
         if cos is not None:
@@ -135,7 +136,7 @@ def _step(
     key += n * key_stride + h * K
     value += n * value_stride + h * V
     past = tl.load(position + n)
-    slot = (past % L).to(tl.int32)
+    slot = past % L
     new_query = tl.load(query + i, mask=i < K, other=0).to(WIDE)
     given_key = tl.load(key + i, mask=i < K, other=0)
     new_key = given_key.to(WIDE)
@@ -147,7 +148,8 @@ def _step(
         tl.store(ring_value + slot * (H * V) + j, given_value, mask=j < V)
         count = past % WINDOW + 1 if ANCHORED else tl.minimum(past + 1, WINDOW)
         kv_read = _read_kv(
-            new_query, new_key, given_value.to(WIDE), cos, sin, query, ring_key, ring_value, slot, count.to(tl.int32),
+            new_query, new_key, given_value.to(WIDE), cos, sin, query, ring_key, ring_value,
+            slot.to(tl.int32), count.to(tl.int32),
             L, H, K, V, SCALE, BLOCK_K, BLOCK_V, BLOCK_L,
         )  # fmt: skip
     if ring_beta is not None:
@@ -157,7 +159,7 @@ def _step(
     if fast_weight is not None:
         written = past >= DELAY
         if DELAY > 0:
-            older = (slot + L - DELAY) % L
+            older = (past + L - DELAY) % L
             new_key = tl.load(ring_key + older * (H * K) + i, mask=(i < K) & written, other=0).to(WIDE)
             value = ring_value + older * (H * V)
         strength = tl.where(written, tl.load(beta + n * H + h).to(WIDE), 0.0)
