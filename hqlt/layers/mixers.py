@@ -65,10 +65,9 @@ class Mixer(nn.Module):
             return None
         if self.kind == "static_scalar":
             return torch.cat([self.fw_scale, self.kv_scale])
-        logit: Tensor = self.gate_proj(x)
-        return logit.view(
-            -1, *((2, self.heads) if self.kind == "dynamic_scalar" else (self.heads, logit.shape[-1] // self.heads))
-        )
+        shape = (2, self.heads) if self.kind == "dynamic_scalar" else (self.heads, -1)
+        logit: Tensor = self.gate_proj(x[:, 0])
+        return logit.unflatten(-1, shape)
 
     def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
         """What the output norm takes of two reads [B, T, H, V] by the input [B, T, D].

@@ -112,8 +112,8 @@ def copied(arguments: dict[str, Any], dtype: torch.dtype | None = None) -> dict[
             return Ring(*(copy(part) for part in x))
         if isinstance(x, tuple):
             return tuple(copy(part) for part in x)
-        if not isinstance(x, Tensor):
-            return x
+        if not isinstance(x, Tensor) or (dtype is None and not x.is_contiguous()):
+            return x  # what is not contiguous is not changed: it keeps its strides
         return x.clone() if dtype is None or not x.is_floating_point() else x.to(dtype, copy=True)
 
     return {name: copy(x) for name, x in arguments.items()}
