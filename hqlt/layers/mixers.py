@@ -65,9 +65,9 @@ class Mixer(nn.Module):
             return None
         if self.kind == "static_scalar":
             return torch.cat([self.fw_scale, self.kv_scale])
-        shape = (2, self.heads) if self.kind == "dynamic_scalar" else (self.heads, -1)
-        logit: Tensor = self.gate_proj(x[:, 0])
-        return logit.unflatten(-1, shape)
+        rows = 2 if self.kind == "dynamic_scalar" else self.heads
+        logit: Tensor = self.gate_proj(x)
+        return logit.view(x.shape[0], rows, -1)
 
     def forward(self, x: Tensor, fw_read: Tensor, kv_read: Tensor) -> tuple[Tensor] | tuple[Tensor, Tensor, Tensor]:
         """What the output norm takes of two reads [B, T, H, V] by the input [B, T, D].

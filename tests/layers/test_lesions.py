@@ -52,8 +52,8 @@ def test_a_fixed_gate_weighs_the_reads(schedule, options, weights):
 def test_a_read_is_taken_away_before_the_mixer(schedule, mixer, memory):
     layer, x = make_layer(mixer=mixer, schedule=schedule), torch.randn(2, 23, 16, dtype=torch.float64)
     reads = []
-    original = layer._output
-    layer._output = lambda inputs, found: reads.append(found) or original(inputs, found)
+    original = layer._mixed
+    layer._mixed = lambda inputs, found: reads.append(found) or original(inputs, found)
     whole, state = layer(x)
     fw, kv = layer.mixer.weights(x)
     kept = fw * reads[0][0] if memory == "kv" else kv * reads[0][1]
