@@ -160,7 +160,7 @@ def test_kernel_steps_in_other_dtypes(dtype, tolerance):
 
 @torch.no_grad()
 def test_lesions_and_kernel_steps():
-    model, exact = all_steps()
+    model, exact = make_model({"backend": "triton"}).to(DEVICE), make_model({})
     decoder = Decoder(model, compile=False)
     _, state = ragged_prompt(exact, [4])
     decoder.load(state)
