@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
+from hqlt.ops.backend import INSTALLED
+from hqlt.ops.launch import interpreted
 from hqlt.ops.rotary import Angles
 from hqlt.ops.step.checks import check_step
 from hqlt.ops.step.reference import hybrid_step_reference
@@ -15,7 +15,6 @@ from hqlt.ops.step.ring import Ring
 __all__ = ["BACKENDS", "Ring", "hybrid_step", "kernel_runs_on"]
 
 BACKENDS = ("auto", "reference", "triton")
-INSTALLED = find_spec("triton") is not None  # looked up once: it takes longer than a step
 
 
 @torch.no_grad()
@@ -100,11 +99,7 @@ def hybrid_step(
 
 def kernel_runs_on(device: torch.device) -> bool:
     """Whether the kernel can run there: Triton is installed, and the device is CUDA or Triton's interpreter is on."""
-    if not INSTALLED or device.type == "cuda":
-        return INSTALLED
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
+    return INSTALLED["triton"] and (device.type == "cuda" or interpreted())
 
 
 def _choose(backend: str, device: torch.device) -> str:

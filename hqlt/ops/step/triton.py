@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqlt.ops.checks import state_dtype
+from hqlt.ops.launch import on_device
 from hqlt.ops.rotary import Angles
 from hqlt.ops.step.ring import Ring
 
@@ -209,7 +210,7 @@ def hybrid_step_triton(
     output = torch.empty(value.shape, dtype=value.dtype if value.is_cuda else wide, device=value.device)
     slots = 1 if ring is None else ring.key.shape[1]
     blocks = _blocks(slots, key_dim, value_dim)
-    with torch.cuda.device_of(query):
+    with on_device(query):
         _step[(documents, heads)](
             query, key, value, position.contiguous(), beta, log_decay,
             None if mixer_input is None else mixer_input.contiguous(), norm_weight, cos, sin,
