@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class RingSegments(FixedSegments):
     """The new token of each document; every layer changes the tensors of its state in place."""
 
-    def __init__(self, position: Tensor, spans: dict[Schedule, FixedSpan], backend: str = "auto") -> None:
+    def __init__(self, position: Tensor, spans: dict[Schedule, FixedSpan], backend: str) -> None:
         """As :class:`FixedSegments`, with the positions on the device and the backend of the step."""
         super().__init__(position, spans)
         self.backend = backend

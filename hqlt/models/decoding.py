@@ -18,7 +18,6 @@ from hqlt.layers.schedule import Schedule
 from hqlt.layers.state import PER_TOKEN, MemoryState, ModelState, part_dtype
 from hqlt.models.cuda_graph import Buffers, GraphedStep, Step
 from hqlt.models.language_model import LanguageModel
-from hqlt.ops.step import kernel_runs_on
 
 Spans = dict[Schedule, FixedSpan]
 _SERIAL = count()
@@ -48,10 +47,9 @@ class Decoder:
     compiled into a few native loops: small models are bound by the cost of calls, not by arithmetic. The first call
     takes the time of the compilation; a decoder can be reused for other documents (:meth:`load`).
 
-    On CUDA, if Triton is installed and every FW memory is written by a delta rule, each layer is one call of
-    :func:`hqlt.ops.hybrid_step`, which changes the buffers in place, and the whole step is recorded as a CUDA graph in
-    place of being compiled. Backends ``reference`` and ``chunked`` keep to the other form; with ``triton`` in all
-    layers the kernel is used on a CPU too, by Triton's interpreter.
+    If all layers have the backend ``triton`` and every FW memory is written by a delta rule, each layer is one call of
+    :func:`hqlt.ops.hybrid_step`, which changes the buffers in place, and on CUDA the whole step is recorded as a CUDA
+    graph in place of being compiled.
 
     A step reads the weights as they are (a graph those that it was recorded with: load a state again after weights were
     replaced, rather than changed in place), and returns what the model returns for the same token to rounding.
@@ -126,11 +124,7 @@ class Decoder:
 
     def _in_place(self) -> bool:
         """Whether the kernel of the step is used for all layers."""
-        device, backends = self.model.head.weight.device, {memory.config.backend for memory in self._memories}
-        if not all(has_step(memory) for memory in self._memories):
-            return False
-        chosen = device.type == "cuda" and not backends & {"reference", "chunked"} and kernel_runs_on(device)
-        return chosen or backends == {"triton"}
+        return all(memory.config.backend == "triton" and has_step(memory) for memory in self._memories)
 
     def _prepare(self, kind: _Kind, like: Buffers) -> tuple[Spans, Step, Tensor, Buffers]:
         """For states of this kind: spans with the rotary angles, the step, and memory for positions and buffers."""

@@ -12,9 +12,9 @@ from hqlt.ops.step.checks import check_step
 from hqlt.ops.step.reference import hybrid_step_reference
 from hqlt.ops.step.ring import Ring
 
-__all__ = ["BACKENDS", "Ring", "hybrid_step", "kernel_runs_on"]
+__all__ = ["BACKENDS", "Ring", "hybrid_step"]
 
-BACKENDS = ("auto", "reference", "triton")
+BACKENDS = ("reference", "triton")
 
 
 @torch.no_grad()
@@ -35,7 +35,7 @@ def hybrid_step(
     mixer_input: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 1e-6,
-    backend: str = "auto",
+    backend: str = "reference",
 ) -> Tensor:
     r"""Write one token of each document into both memories, read both with its query, mix and normalise.
 
@@ -70,7 +70,7 @@ def hybrid_step(
             ``dynamic_scalar``, [N, H, V] for ``dynamic_vector`` and [N, H, 2·V] for ``dynamic_vector_separate``.
         norm_weight: [V]; None leaves out the RMSNorm, whose ε is ``eps``.
         backend: ``reference`` (the definition, in PyTorch); ``triton`` (one kernel launch, a program for each document
-            and head); ``auto``: the kernel on CUDA where Triton is installed, else the definition.
+            and head).
 
     Returns:
         y [N, H, V] in the dtype of ``value``; without gradients.
@@ -97,19 +97,12 @@ def hybrid_step(
     return hybrid_step_triton(*arguments)
 
 
-def kernel_runs_on(device: torch.device) -> bool:
-    """Whether the kernel can run there: Triton is installed, and the device is CUDA or Triton's interpreter is on."""
-    return INSTALLED["triton"] and (device.type == "cuda" or interpreted())
-
-
 def _choose(backend: str, device: torch.device) -> str:
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" and kernel_runs_on(device) else "reference"
-    if backend == "triton" and not kernel_runs_on(device):
+    if backend == "triton" and not (INSTALLED["triton"] and (device.type == "cuda" or interpreted())):
         raise RuntimeError(
             f"backend='triton' cannot run on {device}: it needs CUDA and `pip install 'hqlt[cuda]'`, or on a CPU "
-            "TRITON_INTERPRET=1 in the environment before Triton is imported; choose backend='auto' otherwise"
+            "TRITON_INTERPRET=1 in the environment before Triton is imported; choose backend='reference' otherwise"
         )
     return backend
