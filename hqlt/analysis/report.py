@@ -70,7 +70,7 @@ def plot_curves(
         axes.axvline(marker, color="#999", linewidth=1, linestyle="--", label=marker_label)
     for n, (name, points) in enumerate(curves.items()):
         x, y = zip(*points, strict=True)
-        axes.plot(x, y, label=name, color=COLOURS[n % 6], marker=MARKERS[n % 6], markersize=4, linewidth=1.6)
+        axes.plot(x, y, label=name, **_style(n))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     if logarithmic:
         axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -86,7 +86,8 @@ def _by_model(rows: list[Row]) -> dict[str, list[Row]]:
 def _shown(values: list[float]) -> str:
     """Median and the largest distance from it."""
     summary = Summary.of(values)
-    return f"{summary.median:.3f} ± {max(summary.best - summary.median, summary.median - summary.worst):.3f}"
+    largest = max(summary.best - summary.median, summary.median - summary.worst)
+    return f"{summary.median:.3f}" + (f" ± {largest:.3f}" if summary.seeds > 1 else "")
 
 
 def figures(rows: list[Row]) -> dict[str, Figure]:
