@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hqlt.config import MemoryConfig
+from hqlt.layers.carried import Carried
 from hqlt.layers.fixed import FixedSegments, FixedSpan
 from hqlt.layers.fused import is_fused, read_both
 from hqlt.layers.fw_memory import read_fw_chunks, read_fw_memory
@@ -23,10 +24,9 @@ from hqlt.layers.norm import RMSNorm, make_dropout
 from hqlt.layers.ring import RingSegments, step_in_place
 from hqlt.layers.schedule import Schedule
 from hqlt.layers.segments import Segments, Span
-from hqlt.layers.state import PER_TOKEN, MemoryState, compact
+from hqlt.layers.state import MemoryState, compact
 from hqlt.layers.update_rules import RULES, UpdateRule
 from hqlt.ops import short_convolution
-from hqlt.ops.checks import state_dtype
 
 if TYPE_CHECKING:
     from hqlt.layers.lesions import Lesion
@@ -79,6 +79,7 @@ class HybridMemory(nn.Module):
             raise TypeError(f"HybridMemory takes a MemoryConfig, not {type(config).__name__}")
         self.config = config
         self.schedule = Schedule.of(config)
+        self._carried = Carried(config)
         width, heads = config.hidden_size, config.num_heads
         key_width, value_width = heads * config.key_dim, heads * config.value_dim
         self.query_proj = Linear(width, key_width, bias=config.bias)
@@ -243,47 +244,11 @@ class HybridMemory(nn.Module):
 
     def check_state(self, state: MemoryState) -> None:
         """The state has the parts, sizes and KV length of this layer's configuration."""
-        held = [self.schedule.held(p) for p in state.position.tolist()]
-        if state.held.tolist() != held:
-            raise ValueError(
-                f"the state holds {state.held.tolist()} tokens in KV memory where this layer would hold {held}; "
-                "the state comes from another configuration"
-            )
-        shapes = self._state_shapes(state.batch_size, max(held))
-        for name in ("fast_weight", *PER_TOKEN, "convolution"):
-            part, expected = getattr(state, name), shapes.get(name)
-            given = None if part is None else tuple(part.shape)
-            if given != expected:
-                raise ValueError(
-                    f"state.{name} has shape {given} but this layer carries {expected}; "
-                    "the state comes from another configuration"
-                )
-
-    def _state_shapes(self, documents: int, held: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the parts that this layer carries for N documents that hold this many tokens in KV memory."""
-        config, heads = self.config, self.config.num_heads
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.update_rule is not None:
-            columns = config.value_dim + self.update_rule.extra_columns
-            shapes["fast_weight"] = (documents, heads, config.key_dim, columns)
-        if config.kv_memory:
-            shapes["key"] = (documents, held, heads, config.key_dim)
-            shapes["value"] = (documents, held, heads, config.value_dim)
-        if self.schedule.anchored:
-            shapes["beta"] = (documents, held, heads)
-            if config.update_rule == "gated_delta":
-                shapes["log_decay"] = (documents, held, heads)
-        if self.convolution is not None:
-            shapes["convolution"] = (documents, config.conv_size - 1, self.convolution.in_channels)
-        return shapes
+        self._carried.check(state)
 
     def empty_state(self, documents: int, x: Tensor) -> MemoryState:
         """The state of N documents before their first token, in the dtype and on the device of x."""
-        parts: dict[str, Any] = {name: x.new_zeros(shape) for name, shape in self._state_shapes(documents, 0).items()}
-        if "fast_weight" in parts:
-            parts["fast_weight"] = parts["fast_weight"].to(state_dtype(x.dtype))
-        none = torch.zeros(documents, dtype=torch.long)
-        return MemoryState(position=none, held=none.clone(), **parts)
+        return self._carried.empty(documents, x)
 
     def _project(self, x: Tensor, past: MemoryState, span: Span | FixedSpan) -> tuple[Tensor, _Tokens]:
         """Query [B, T, H, K] and what the memories take."""
