@@ -115,9 +115,11 @@ def attention_precision(dtype: torch.dtype) -> str:
     return "bf16" if dtype == torch.bfloat16 and not interpreted() else state_precision(dtype)
 
 
-def choose_tile(key_dim: int) -> int:
-    """Tokens in a tile where the caller leaves it open: what fits into a multiprocessor's shared memory."""
-    return 64 if key_dim <= 64 else 32
+def choose_tile(query: Tensor, value: Tensor) -> int:
+    """Tokens in a tile where the caller leaves it open: as many as fit into a multiprocessor's shared memory."""
+    larger = max(query.shape[-1], value.shape[-1])
+    half, single = (64, 32) if larger <= 64 else (32, 32) if query.shape[-1] <= 128 else (32, 16)
+    return single if query.dtype == torch.float32 else half
 
 
 # One stage: what would be loaded ahead of a loop's next tile has no room beside the state.

@@ -283,7 +283,7 @@ def delta_rule_triton(
 ) -> tuple[Tensor, Tensor]:
     """Read [B, T, H, V] after each token's write, and final state [N, H, K, V]. Differentiable once."""
     assert period is None, "chunk reads have a form of their own"
-    tile = chunk_size or choose_tile(query.shape[-1])
+    tile = chunk_size or choose_tile(query, value)
     state = first_state(initial_state, query, value.shape[-1], borders).contiguous()
     scan = Scan(Layout.of(query, key, borders, borders, tile), scale, 0, features, tile)
     read, final = _DeltaRule.apply(query, key, value, beta, state, scan)

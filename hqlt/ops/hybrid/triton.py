@@ -197,7 +197,7 @@ def hybrid_memory_triton(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The output [B, T, H, V] and the final state [N, H, K, V]. Differentiable once."""
-    tile = chunk_size or choose_tile(query.shape[-1])
+    tile = chunk_size or choose_tile(query, value)
     state = first_state(initial_state, query, value.shape[-1], borders).contiguous()
     layout = Layout.of(query, key, borders, key_borders, tile)
     attended = Window(angles, window, False, query.shape[-1] ** -0.5, borders is not None)

@@ -255,6 +255,12 @@ class _WindowAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
+def _choose_tile(query: Tensor, value: Tensor) -> int:
+    if max(query.shape[-1], value.shape[-1]) <= 128:
+        return 64
+    return 16 if query.dtype == torch.float32 else 32
+
+
 def window_attention_triton(
     query: Tensor,
     key: Tensor,
@@ -270,7 +276,7 @@ def window_attention_triton(
 ) -> Tensor:
     """Read [B, T, H, V]: softmax over the keys in the window. Differentiable once."""
     assert not dropout, "dropout has a form of its own"
-    tile = chunk_size or (64 if max(query.shape[-1], value.shape[-1]) <= 128 else 32)
+    tile = chunk_size or _choose_tile(query, value)
     layout = Layout.of(query, key, borders, key_borders, tile)
     options = Window(angles, window or UNBOUNDED, anchored, scale, borders is not None)
     read: Tensor = _WindowAttention.apply(query, key, value, layout, options, tile)
