@@ -39,15 +39,17 @@ H100 = Device("H100-SXM", 989.4e12, 80e9, 3.35e12)
 H200 = Device("H200", 989.4e12, 141e9, 4.8e12)
 B200 = Device("B200", 2250e12, 180e9, 8e12)
 
-# Words of a name and its peak; the first row that fits holds. Boards with less power run the same chip slower.
-_PEAKS: tuple[tuple[frozenset[str], float], ...] = (
-    (frozenset({"A100"}), A100.bf16_flops),
-    (frozenset({"H100", "PCIE"}), 756e12),
-    (frozenset({"H100", "NVL"}), 835.5e12),
-    (frozenset({"H100"}), H100.bf16_flops),
-    (frozenset({"H200", "NVL"}), 835.5e12),
-    (frozenset({"H200"}), H200.bf16_flops),
-    (frozenset({"B200"}), B200.bf16_flops),
+# Words of a name and its peaks; the first row that fits holds. Boards with less power run the same chip slower, and
+# older A100 have slower memory.
+_PEAKS: tuple[tuple[frozenset[str], float, float], ...] = (
+    (frozenset({"A100", "80GB"}), A100.bf16_flops, A100.bandwidth),
+    (frozenset({"A100"}), A100.bf16_flops, 1.555e12),
+    (frozenset({"H100", "PCIE"}), 756e12, 2.039e12),
+    (frozenset({"H100", "NVL"}), 835.5e12, 3.938e12),
+    (frozenset({"H100"}), H100.bf16_flops, H100.bandwidth),
+    (frozenset({"H200", "NVL"}), 835.5e12, H200.bandwidth),
+    (frozenset({"H200"}), H200.bf16_flops, H200.bandwidth),
+    (frozenset({"B200"}), B200.bf16_flops, B200.bandwidth),
 )
 
 
@@ -66,7 +68,16 @@ def peak_flops(torch_device_name: str) -> float | None:
 
     A slice of a device (MIG) is unknown: its name does not tell its share.
     """
+    return _peaks(torch_device_name)[0]
+
+
+def peak_bandwidth(torch_device_name: str) -> float | None:
+    """Bytes per second of the device's memory, as :func:`peak_flops`."""
+    return _peaks(torch_device_name)[1]
+
+
+def _peaks(torch_device_name: str) -> tuple[float | None, float | None]:
     words = set(re.findall(r"[A-Z0-9]+", torch_device_name.upper()))
-    if "MIG" in words:
-        return None
-    return next((peak for kind, peak in _PEAKS if kind <= words), None)
+    fitting = (peaks for kind, *peaks in _PEAKS if kind <= words and "MIG" not in words)
+    flops, bandwidth = next(fitting, (None, None))
+    return flops, bandwidth

@@ -28,6 +28,8 @@ class Record:
             same round, median over the rounds.
         mebibytes: most memory that tensors made in the run held at a time.
         tokens: handled in a run.
+        moved, flops: bytes that a run has to move and FLOPs that it does, counted. bandwidth, compute: the shares of
+            the device's peaks that they come to. traffic: bytes that a counter of the device saw at its memory.
         loss: after training.
         state_kib: size of the state that is carried from token to token.
         bits: per byte of a text. bits_more, bits_spread: mean and standard deviation over texts of the difference from
@@ -48,6 +50,11 @@ class Record:
     floors: float | None = None
     mebibytes: float | None = None
     tokens: int | None = None
+    moved: float | None = None
+    flops: float | None = None
+    bandwidth: float | None = None
+    compute: float | None = None
+    traffic: float | None = None
     loss: float | None = None
     state_kib: float | None = None
     bits: float | None = None
@@ -55,8 +62,15 @@ class Record:
     bits_spread: float | None = None
 
     @property
+    def went_wrong(self) -> bool:
+        """Whether it ran and failed, or differs from the reference."""
+        return self.refused is not None and self.refused.startswith(("failed", "differs"))
+
+    @property
     def cells(self) -> dict[str, str]:
         """The row as text, by column."""
+        if self.traffic is not None:
+            return {"case": self.case, "implementation": self.name, "GB at memory": f"{self.traffic / 1e9:.4g}"}
         if self.milliseconds is None:
             return {"case": self.case, "implementation": self.name, "ms": f"not timed: {self.refused}"}
         spread = "" if self.low is None or self.high is None else f" ({self.low:.3g}–{self.high:.3g})"
@@ -67,6 +81,9 @@ class Record:
             cells["speed-up"] = f"{self.ratio:.2f}×"
         if self.floors is not None:
             cells["× floor"] = f"{self.floors:.2f}"
+        for unit, count, share in (("TB/s", self.moved, self.bandwidth), ("TFLOP/s", self.flops, self.compute)):
+            if count is not None:
+                cells[unit] = f"{count / self.milliseconds / 1e9:.3g}" + (f" ({share:.0%})" if share else "")
         if self.mebibytes is not None:
             cells["peak MiB"] = f"{self.mebibytes:.1f}"
         if self.error is not None:
@@ -85,8 +102,8 @@ class Record:
 def markdown(records: list[Record]) -> str:
     """A Markdown table, aligned to be read as it is."""
     order = (
-        "case", "implementation", "ms", "tokens/s", "speed-up", "× floor", "peak MiB", "state KiB", "bits/byte", "more",
-        "loss", "error",
+        "case", "implementation", "ms", "tokens/s", "speed-up", "× floor", "TB/s", "TFLOP/s", "GB at memory",
+        "peak MiB", "state KiB", "bits/byte", "more", "loss", "error",
     )  # fmt: skip
     rows = [record.cells for record in records]
     return markdown_table(rows, order)
