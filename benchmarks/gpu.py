@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from hqlt.analysis.devices import H200
-from hqlt.bench.gpu import decoding, ops, training
+from hqlt.bench.gpu import decoding, op_cases, training
 from hqlt.bench.gpu.device import Target
 from hqlt.bench.gpu.roofline import roofline_cases
 from hqlt.bench.gpu.run import Case, finished, run_cases
@@ -35,8 +35,8 @@ SUITES = ("layer", "train", "decode", "forward", "roofline", "ops", "train_recom
 
 def suites(tiny: bool, memory: float) -> dict[str, list[Case]]:
     """Cases by suite, the most important first."""
-    sizes = ops.TINY if tiny else ops.LARGE
-    by_op = ops.op_cases(sizes)
+    sizes = op_cases.TINY if tiny else op_cases.LARGE
+    by_op = op_cases.op_cases(sizes)
     *plain, recomputed = training.training_cases(training.TINY if tiny else training.LARGE, memory)
     *steps, compiled = decoding.decoding_cases(decoding.TINY if tiny else decoding.LARGE)
     found = {

@@ -4,7 +4,7 @@ import pytest
 
 from hqlt import MemoryConfig, ModelConfig
 from hqlt.analysis.cost import parameter_counts, training_flops
-from hqlt.analysis.devices import A100, B200, H100, H200, peak_flops
+from hqlt.analysis.devices import A100, B200, H100, H200, peak_bandwidth, peak_flops
 from hqlt.analysis.footprint import training_bytes
 from hqlt.analysis.plan import plan, training_seconds
 
@@ -28,6 +28,18 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_a_device_is_known_by_the_words_of_its_name(name):
     assert peak_flops(name) == NAMES[name]
+    assert (peak_bandwidth(name) is None) == (NAMES[name] is None)
+
+
+def test_memory_differs_between_boards_of_one_chip():
+    names = (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H200",
+        "NVIDIA A100-PCIE-40GB",
+        "NVIDIA A100-SXM4-80GB",
+    )
+    assert [peak_bandwidth(name) for name in names] == [3.35e12, 2.039e12, 4.8e12, 1.555e12, 2.039e12]
 
 
 def published(width: int) -> ModelConfig:

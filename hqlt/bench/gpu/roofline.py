@@ -133,7 +133,7 @@ def counted_bytes(output: str) -> float:
 def main() -> None:
     """Run both memories forward, for ncu: the first launch is for compilation, the second is counted."""
     batch, length = map(int, sys.argv[1:])
-    from hqlt.bench.gpu.ops import LARGE
+    from hqlt.bench.gpu.op_cases import LARGE
 
     op = both_memories(replace(LARGE.shape, batch=batch, length=length))
     drawn = draw(op.shape, Target.cuda())

@@ -97,8 +97,8 @@ def _attempt(case: Case, target: Target) -> list[Record]:
         found = case.run(target, case.rounds)
     except Exception as error:  # the other cases are worth running whatever happened to this one
         found = [Record(case=case.name, name=ALL, refused=describe(error))]
-    gc.collect()  # a failed case may leave its tensors in a cycle of its traceback
     if target.device.type == "cuda" and _answers(target):
+        gc.collect()  # a failed case may leave its tensors in a cycle of its traceback
         torch.cuda.empty_cache()
     return found
 
