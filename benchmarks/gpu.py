@@ -23,8 +23,10 @@ import torch
 
 from hqlt.analysis.devices import H200
 from hqlt.bench.gpu import decoding, op_cases, training
+from hqlt.bench.gpu.counts import Shape
 from hqlt.bench.gpu.device import Target
-from hqlt.bench.gpu.roofline import roofline_cases
+from hqlt.bench.gpu.ops import describe_shape
+from hqlt.bench.gpu.roofline import counted_table, roofline_cases
 from hqlt.bench.gpu.run import Case, finished, run_cases
 from hqlt.bench.gpu.summary import report
 from hqlt.files import write_text
@@ -64,6 +66,15 @@ def find_target(tiny: bool) -> Target | None:
     return None
 
 
+def list_cases(chosen: dict[str, list[Case]], shape: Shape) -> None:
+    """What would run, and the launches at this shape."""
+    for name, cases in chosen.items():
+        for case in cases:
+            print(f"{name}: {case.name}: {case.work}; {case.memory / 2**30:.1f} GiB, {case.seconds:.0f} s")
+    print(f"\nLaunches at {describe_shape(shape)}, and their least times on an {H200.name}:\n")
+    print(counted_table(shape, H200))
+
+
 def main(arguments: list[str]) -> int:
     """Run what is asked for; 0 if nothing that ran was wrong or failed, 1 if something was, 2 without a device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -80,9 +91,7 @@ def main(arguments: list[str]) -> int:
     memory = H200.memory_bytes if target is None else min(target.memory, 1e15)
     chosen = {name: cases for name, cases in suites(given.tiny, memory).items() if name in (given.only or SUITES)}
     if target is None:
-        for name, cases in chosen.items():
-            for case in cases:
-                print(f"{name}: {case.name}: {case.work}; {case.memory / 2**30:.1f} GiB, {case.seconds:.0f} s")
+        list_cases(chosen, replace(op_cases.LARGE.shape, length=op_cases.LARGE.ops[0]))
         return 0
     torch.set_float32_matmul_precision("highest")
     path = given.out / "gpu.json"

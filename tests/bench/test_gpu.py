@@ -73,15 +73,22 @@ def test_without_a_device_it_says_what_is_missing(script: ModuleType, tmp_path: 
 
 def test_dry_run_lists_every_case_in_order_of_importance(script: ModuleType, capsys) -> None:
     assert script.main(["--dry-run"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    listed, table = capsys.readouterr().out.split("\n\nLaunches at ")
+    lines = listed.splitlines()
     assert [line.split(":")[0] for line in lines] == sorted(
         (line.split(":")[0] for line in lines), key=script.SUITES.index
     )  # fmt: skip
     # n = 16·2048·8 rows of 6·128 + 8·128 + 3 bfloat16 numbers
     assert f"least {16 * 2048 * 8 * (14 * 128 + 3) * 2 / 1e9:.3g}" in lines[0]
     assert [f"T{n} " in line for n, line in zip(op_cases.LARGE.lengths, lines, strict=False)] == [True] * 5
+    # Of the fused forward: n·(2·128 + 3·128 + 1) numbers of 2 bytes, states, angles and gains, at 4.8 TB/s.
+    moved = 16 * 8192 * 8 * 641 * 2 + 2 * 16 * 8 * 128 * 128 * 4 + 4 * 8192 * 128 + 4 * 128
+    fused = next(line for line in table.splitlines() if "`_hybrid`" in line).split("|")
+    assert [cell.strip() for cell in (fused[3], fused[7])] == [f"{moved / 1e9:.3g}", f"{moved / 4.8e9:.3g}"]
     script.main(["--dry-run", "--only", "decode"])
-    assert all(line.startswith("decode: ") for line in capsys.readouterr().out.splitlines())
+    few = capsys.readouterr().out.split("\n\n")[0].splitlines()
+    assert few
+    assert all(line.startswith("decode: ") for line in few)
 
 
 @without_gpu

@@ -12,12 +12,14 @@ from dataclasses import replace
 import torch
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from hqlt.analysis.devices import Device
 from hqlt.bench.gpu.counts import Shape, Work, least_bytes
 from hqlt.bench.gpu.device import CudaMeter, Target
 from hqlt.bench.gpu.ops import OURS, Op, both_memories, delta, describe_shape, draw, window
 from hqlt.bench.gpu.run import Case
 from hqlt.bench.record import Record
 from hqlt.bench.timing import Run
+from hqlt.results import markdown_table
 
 REPEATS = 10
 COUNTER = "dram__bytes.sum"
@@ -26,8 +28,31 @@ LIMIT = 60.0  # seconds for ncu
 
 def roofline_cases(shape: Shape) -> list[Case]:
     """The launches of both memories as one op, of the delta rule, of both windows; the traffic of both memories."""
-    ops = [both_memories(shape), delta(shape), window(shape, anchored=False), window(shape, anchored=True)]
-    return [*map(_launch_case, ops), _traffic_case(shape)]
+    return [*map(_launch_case, _ops(shape)), _traffic_case(shape)]
+
+
+def counted_table(shape: Shape, device: Device) -> str:
+    """What every launch moves and computes, and the least times of both on a device, as a Markdown table."""
+    rows = []
+    for op in _ops(shape):
+        for work in (*op.launches, op.work(True)):
+            times = work.moved / device.bandwidth, work.arithmetic_seconds(device.bf16_flops)
+            row = {
+                "op": f"{op.name}, all" if work.kernel == op.name else op.name,
+                "launch": "" if work.kernel == op.name else f"`{work.kernel}`",
+                "GB": f"{work.moved / 1e9:.3g}",
+                "tf32 TFLOP": f"{work.tf32_flops / 1e12:.3g}",
+                "bf16 TFLOP": f"{work.bf16_flops / 1e12:.3g}",
+                "FLOP/byte": f"{work.intensity:.0f}",
+                "bytes, ms": f"{1e3 * times[0]:.3g}",
+                "products, ms": f"{1e3 * times[1]:.3g}",
+            }
+            rows.append(row)
+    return markdown_table(rows)
+
+
+def _ops(shape: Shape) -> list[Op]:
+    return [both_memories(shape), delta(shape), window(shape, anchored=False), window(shape, anchored=True)]
 
 
 def _launch_case(op: Op) -> Case:
