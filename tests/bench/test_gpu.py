@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hqlt.analysis.cost import training_flops
 from hqlt.bench import Record, markdown
 from hqlt.bench.gpu import decoding, op_cases, ops, step, training
 from hqlt.bench.gpu.counts import Work
@@ -23,15 +24,19 @@ from hqlt.ops import delta_rule
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-    specification = importlib.util.spec_from_file_location("benchmarks_gpu", path)
+def loaded(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / name
+    specification = importlib.util.spec_from_file_location(f"benchmarks_{path.stem}", path)
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    return loaded("gpu.py")
 
 
 def rows(folder: Path) -> list[dict]:
@@ -256,6 +261,33 @@ def test_training_uses_the_share_of_the_peak_that_its_model_flops_take() -> None
     assert target.rated(Record(case="a", name="b", refused="x"), Work(kernel="", moved=1)).flops is None
 
 
+def test_training_is_timed_step_by_step_and_its_steps_train(monkeypatch) -> None:
+    """With PyTorch's form of both memories and the processor's clock."""
+    monkeypatch.setattr("hqlt.bench.timing.WARM_UP_RUNS", 1)
+    right = training._with_backend
+    monkeypatch.setattr(training, "_with_backend", lambda recipe, backend: right(recipe, "chunked"))
+    target = Target(device=torch.device("cpu"), dtype=torch.float32, meter=Meter(), bf16_peak=1e12)
+    case, _ = training.training_cases(training.TINY, 1e12)
+    records = {record.name: record for record in case.run(target, 0.0)}
+    own, other = records[training.HQLT], records[training.TRANSFORMER]
+    model = training._configurations(training.TINY)[training.HQLT].model
+    assert own.milliseconds is not None
+    assert own.tokens == 48
+    assert own.compute == pytest.approx(48 * training_flops(model, 24).total / 1e12 / (own.milliseconds / 1e3))
+    assert own.ratio is not None
+    assert other.ratio is None
+    trainee = training._Trainee(training._configurations(training.TINY)[training.HQLT], (2, 24), target, False)
+    losses = []
+    for _ in range(6):
+        trainee.step()
+        losses.append(float(trainee.loss(*trainee._data).detach()))
+    assert losses == sorted(losses, reverse=True)
+    with torch.no_grad():
+        trainee.objective.model.head.weight[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="norm is nan"):
+        trainee.step()
+
+
 def test_a_step_of_training_shrinks_where_memory_is_short() -> None:
     large, small = (training.training_cases(training.LARGE, memory)[0] for memory in (141e9, 80e9))
     assert large.name == "training, 16 rows of 2048"
@@ -332,6 +364,14 @@ def test_aims_are_judged_by_the_records() -> None:
     ]
     yes, no = "reached", "**not reached**"
     assert [row[" "] for row in found] == [no, yes, no, "", yes, yes, yes, no, yes]
+
+
+def test_emulated_rounding_is_that_of_bfloat16() -> None:
+    rounding = loaded("kernel_rounding.py")
+    x = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-6, 6, (1000,)), torch.tensor([1.00390625, 1.01171875])])
+    assert torch.equal(torch.from_numpy(rounding.rounded(x.numpy(), 16)), x.bfloat16().float())
+    tf32 = torch.from_numpy(rounding.rounded(x.numpy(), 13))
+    assert 0 < ((tf32 - x).abs() / x.abs()).max() <= 2**-11
 
 
 @pytest.mark.gpu
