@@ -15,6 +15,7 @@ from hqlt.bench.record import Record
 
 GEMM_SIZE = 2048
 WARM_UP_RUNS, WARM_UP_SECONDS = 10, 15.0
+UNTIMED = "checked only: there is nothing to time it on"
 Run = Callable[[], object]
 
 
@@ -99,16 +100,9 @@ def contest(
         if record.refused is None:
             runs[contender.name] = contender.run
     if meter is None:
-        return [
-            replace(r, refused=r.refused or "checked only: there is nothing to time it on") for r in records.values()
-        ]
-    if flops is not None:
-        square = torch.randn(GEMM_SIZE, GEMM_SIZE)
-        product = torch.empty_like(square)
-        runs[""] = lambda: torch.mm(square, square, out=product)
-    elif floor is not None:
-        runs[""] = floor
-    if "" in runs:
+        return [replace(r, refused=r.refused or UNTIMED) for r in records.values()]
+    if flops is not None or floor is not None:
+        runs[""] = floor or _square_product()
         _warm_up(runs[""], meter)
     times = _rounds(case, runs, repeats, seconds, meter)
     floors = times.pop("", None)
@@ -125,6 +119,12 @@ def contest(
             ratio=None if against is None or name == baseline else _median_ratio(against, spent),
         )
     return list(records.values())
+
+
+def _square_product() -> Run:
+    square = torch.randn(GEMM_SIZE, GEMM_SIZE)
+    product = torch.empty_like(square)
+    return lambda: torch.mm(square, square, out=product)
 
 
 def _checked(contender: Contender, record: Record, meter: Meter | None, spared: tuple[type[Exception], ...]) -> Record:
