@@ -15,11 +15,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a b, accumulated in float32; ``bf16`` rounds the operands, ``tf32`` and ``tf32x3`` are Triton's."""
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
-    else:
-        return tl.dot(a, b, input_precision=PRECISION)
+    """a b, accumulated in float32."""
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit

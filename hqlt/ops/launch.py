@@ -102,17 +102,13 @@ def interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def state_precision(dtype: torch.dtype) -> str:
-    """Of products with the fast weight.
+def precision(dtype: torch.dtype) -> str:
+    """Of products, as Triton names it.
 
-    In bfloat16 they would cost 4 to 6 · 10⁻³ of the read, in tf32 half a thousandth.
+    In bfloat16 they would cost 4 to 6 · 10⁻³ of what the fast weight returns and 4 · 10⁻³ of the window's gradients, in
+    tf32 less than what rounding the results does. Three products in tf32 are float32 to rounding.
     """
     return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def attention_precision(dtype: torch.dtype) -> str:
-    """Of products of the window's softmax; the interpreter has no arithmetic in bfloat16."""
-    return "bf16" if dtype == torch.bfloat16 and not interpreted() else state_precision(dtype)
 
 
 def choose_tile(query: Tensor, value: Tensor) -> int:

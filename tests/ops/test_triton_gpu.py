@@ -7,14 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from hqlt.bench.timing import distance
 from hqlt.ops import delta_rule, hybrid_memory, rotary_table, window_attention
-from tests.helpers import assert_same_results, borders_of, results
+from tests.helpers import borders_of, results
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-TOLERANCE = {torch.bfloat16: 3e-3, torch.float32: 1e-5}
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float32: 1e-5}  # relative in norm
 SIZES = [(32, 32), (64, 64), (64, 128), (128, 64), (128, 128), (256, 128), (256, 256), (96, 80)]
 LAYOUTS: dict[str, list[int] | None] = {"dense": None, "ragged": [1, 200, 63, 65, 301]}
 
@@ -59,7 +60,8 @@ def compare(op: Callable[..., Any], tensors: dict[str, Tensor], names: tuple[str
     chosen = {name: tensors[name] for name in names}
     actual = results(run("triton"), chosen, torch.float64)
     expected = results(run("chunked"), {name: x.double() for name, x in chosen.items()}, torch.float64)
-    assert_same_results(actual, expected, tolerance)
+    wrong = {name: distance(actual[name], x) for name, x in expected.items()}
+    assert not {name: error for name, error in wrong.items() if not error <= tolerance}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -176,7 +176,7 @@ def delta_backward(shape: Shape, grad_item: int = 2) -> Work:
 def window_forward(shape: Shape) -> Work:
     """Reads query, key, value and angles; writes the read and the weights' sums."""
     moved = shape.tokens + shape.angles + shape.rows * (shape.item * shape.value_dim + FULL)
-    return Work(kernel="_forward", moved=moved, bf16_flops=attend_flops(shape))
+    return Work(kernel="_forward", moved=moved, tf32_flops=attend_flops(shape))
 
 
 def window_backward(shape: Shape, grad_item: int = 2, added: bool = False) -> list[Work]:
@@ -188,12 +188,12 @@ def window_backward(shape: Shape, grad_item: int = 2, added: bool = False) -> li
     queries = Work(
         kernel="_query_backward",
         moved=given + number * shape.rows * shape.key_dim,
-        bf16_flops=pairs[0] * (2 * shape.key_dim + shape.value_dim),
+        tf32_flops=pairs[0] * (2 * shape.key_dim + shape.value_dim),
     )
     keys = Work(
         kernel="_key_backward",
         moved=given + number * shape.rows * (shape.key_dim + shape.value_dim),
-        bf16_flops=2 * pairs[1] * (shape.key_dim + shape.value_dim),
+        tf32_flops=2 * pairs[1] * (shape.key_dim + shape.value_dim),
     )
     return [queries, keys]
 
@@ -201,7 +201,7 @@ def window_backward(shape: Shape, grad_item: int = 2, added: bool = False) -> li
 def hybrid_forward(shape: Shape) -> Work:
     """:func:`least_bytes`, the norm's weight, angles, and the first and last state."""
     moved = least_bytes(shape) + FULL * shape.value_dim + shape.angles + 2 * shape.state
-    return Work(kernel="_hybrid", moved=moved, tf32_flops=scan_flops(shape), bf16_flops=attend_flops(shape))
+    return Work(kernel="_hybrid", moved=moved, tf32_flops=scan_flops(shape) + attend_flops(shape))
 
 
 def hybrid_repeat(shape: Shape) -> Work:
@@ -214,7 +214,6 @@ def hybrid_repeat(shape: Shape) -> Work:
         kernel="_hybrid",
         moved=forward.moved - shape.state + written + heads,
         tf32_flops=forward.tf32_flops,
-        bf16_flops=forward.bf16_flops,
     )
 
 

@@ -129,7 +129,7 @@ def _contenders(op: Op, target: Target, checked: int, backward: bool) -> list[Co
             for leaf in leaves.values():
                 leaf.grad = None
 
-        return Contender(choice.name, run, error, choice.tolerance * (1 + backward), choice.absent(call))
+        return Contender(choice.name, run, error, choice.tolerance, choice.absent(call))
 
     return [contender(choice) for choice in op.choices]
 

@@ -24,10 +24,9 @@ OURS = "hqlt, one kernel"
 APART = "hqlt, kernel by kernel"
 KERNEL = "hqlt"
 CHUNKED = "chunked PyTorch"
-# Of outputs, relative in norm, in bfloat16, whose rounding alone is 1.7 · 10⁻³; gradients, which are made of rounded
-# reads, may differ twice as much. Libraries multiply fast weights in half precision, which costs 4 to 6 · 10⁻³ of the
-# read.
-TOLERANCE, LIBRARY_TOLERANCE = 3e-3, 3e-2
+# Of outputs and gradients, relative in norm, in bfloat16, whose rounding alone is 1.7 · 10⁻³. Between kernels reads are
+# rounded once more. Libraries multiply fast weights in half precision, which costs 4 to 6 · 10⁻³ of the read.
+TOLERANCE, APART_TOLERANCE, LIBRARY_TOLERANCE = 3e-3, 6e-3, 3e-2
 EPS = 1e-6
 
 
@@ -104,7 +103,6 @@ def both_memories(shape: Shape) -> Op:
         return hybrid_memory(**x, **options, eps=EPS, backend=backend)[0]
 
     def apart(backend: str, *, logit: Tensor, norm_weight: Tensor, beta: Tensor, **x: Any) -> Tensor:
-        """Without the gather of delayed keys that :func:`hqlt.ops.hybrid_memory` does even where there is no delay."""
         kv_read = window_attention(**x, window=shape.window, angles=angles_of(x["query"]), backend=backend)
         fw_read, _ = delta_rule(**x, beta=beta, feature_map="unit_silu", backend=backend)
         return blend_norm(fw_read, kv_read, logit, norm_weight, EPS)
@@ -115,7 +113,11 @@ def both_memories(shape: Shape) -> Op:
         shape=shape,
         tensors=("query", "key", "value", "beta", "logit", "norm_weight"),
         reference=partial(run, "reference"),
-        choices=[library, Choice(OURS, partial(run, "triton")), Choice(APART, partial(apart, "triton"))],
+        choices=[
+            library,
+            Choice(OURS, partial(run, "triton")),
+            Choice(APART, partial(apart, "triton"), APART_TOLERANCE),
+        ],
         own=OURS,
         launches=hybrid_launches(shape),
         bounded=True,

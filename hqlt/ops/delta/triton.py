@@ -29,7 +29,7 @@ from hqlt.ops.kernels import (
     unit_silu,
     unit_silu_gradient,
 )
-from hqlt.ops.launch import SCAN_OPTIONS, Layout, block, choose_tile, halved_block, on_device, rows, state_precision
+from hqlt.ops.launch import SCAN_OPTIONS, Layout, block, choose_tile, halved_block, on_device, precision, rows
 
 # A state of 128 x 128 in float32 fills a quarter of a multiprocessor's registers; the backward pass holds two.
 FORWARD_ENTRIES = 128 * 128
@@ -220,7 +220,7 @@ class Scan(NamedTuple):
                 *tokens, state, *results, *(kept or (state, state, state)),
                 layout.query_borders, layout.key_borders, layout.query_tiles,
                 query.stride(1), key.stride(1), value.stride(1), beta.stride(1), self.scale, self.delay,
-                **sizes, FEATURES=self.features, SAVE=kept is not None, PRECISION=state_precision(query.dtype),
+                **sizes, FEATURES=self.features, SAVE=kept is not None, PRECISION=precision(query.dtype),
                 **SCAN_OPTIONS,
             )  # fmt: skip
 
@@ -244,7 +244,7 @@ class Scan(NamedTuple):
                 layout.query_borders, layout.key_borders, layout.query_tiles,
                 query.stride(1), key.stride(1), beta.stride(1), query.numel(), key.numel(), beta.numel(),
                 self.scale, self.delay,
-                **sizes, FEATURES=self.features, PRECISION=state_precision(query.dtype), **SCAN_OPTIONS,
+                **sizes, FEATURES=self.features, PRECISION=precision(query.dtype), **SCAN_OPTIONS,
             )  # fmt: skip
         grad_query, grad_key, grad_value, grad_beta = grads
         return grad_query.sum(0), grad_key.sum(0), grad_value, grad_beta.sum(0), grad_initial

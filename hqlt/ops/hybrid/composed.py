@@ -34,10 +34,12 @@ def hybrid_memory_composed(
         query, key, value, window=window, angles=angles, cu_seqlens=cu_seqlens, key_cu_seqlens=key_cu_seqlens,
         backend=backend, chunk_size=chunk_size,
     )  # fmt: skip
-    source = _written(query, key, delay, cu_seqlens, key_cu_seqlens)
-    key, value = (F.pad(x, (0, 0, 0, 0, 1, 0)).index_select(1, source + 1) for x in (key, value))
+    if delay or key.shape[1] > query.shape[1]:
+        source = _written(query, key, delay, cu_seqlens, key_cu_seqlens)
+        key, value = (F.pad(x, (0, 0, 0, 0, 1, 0)).index_select(1, source + 1) for x in (key, value))
+        beta = beta * (source >= 0)[None, :, None]
     fw_read, state = delta_rule(
-        query, key, value, beta * (source >= 0)[None, :, None], initial_state=initial_state, cu_seqlens=cu_seqlens,
+        query, key, value, beta, initial_state=initial_state, cu_seqlens=cu_seqlens,
         feature_map="unit_silu", backend=backend, chunk_size=chunk_size,
     )  # fmt: skip
     if logit is None:

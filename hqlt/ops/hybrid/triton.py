@@ -27,7 +27,7 @@ from hqlt.ops.kernels import (
     turn,
     unit_silu,
 )
-from hqlt.ops.launch import SCAN_OPTIONS, Layout, choose_tile, on_device, rows, state_precision
+from hqlt.ops.launch import SCAN_OPTIONS, Layout, choose_tile, on_device, rows
 from hqlt.ops.rotary import Angles
 from hqlt.ops.window import triton as attention
 from hqlt.ops.window.triton import Window
@@ -42,7 +42,7 @@ def _hybrid(
     q_stride, k_stride, v_stride, beta_stride, logit_stride, angle_stride, angle_head, kv_scale, scale, eps, delay,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     WINDOW: tl.constexpr, ROTARY: tl.constexpr, PACKED: tl.constexpr, BLEND: tl.constexpr, GRADIENT: tl.constexpr,
-    FW_PRECISION: tl.constexpr, KV_PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
     start, key_start = tl.load(query_borders + document), tl.load(key_borders + document)
@@ -70,7 +70,7 @@ def _hybrid(
         kv_read, sums = attend(
             turned * (kv_scale * LOG2E), own + past, total, key + head * K, value + head * V,
             k_cos + angles, k_sin + angles, key_start, key_start if PACKED else 0 * key_start,
-            k_stride, v_stride, angle_stride, K, V, BK, BV, WINDOW, False, ROTARY, KV_PRECISION,
+            k_stride, v_stride, angle_stride, K, V, BK, BV, WINDOW, False, ROTARY, PRECISION,
         )  # fmt: skip
         written = present & (own + past - delay >= 0)
         key_rows = key_start + own + past - delay
@@ -81,7 +81,7 @@ def _hybrid(
         if GRADIENT:
             store_tile(starts + at * K * V, state, columns, exist, V, v_columns, v_exist)
         features, _ = unit_silu(q)
-        fw_read, state, inverse, error = correct_tile(features, k, v, b, state, scale, FW_PRECISION)
+        fw_read, state, inverse, error = correct_tile(features, k, v, b, state, scale, PRECISION)
         gate = tl.full([C, BV], 1.0, tl.float32)
         mixed = fw_read + kv_read
         if BLEND:
@@ -130,7 +130,6 @@ class _Options(NamedTuple):
         absent = [state] * 10
         constants = {**self.window.constants(query, value, self.tile), **sizes, **SCAN_OPTIONS}
         del constants["ANCHORED"]
-        constants["KV_PRECISION"] = constants.pop("PRECISION")
         with on_device(query):
             _hybrid[(self.layout.documents * sizes["H"],)](
                 *tokens, query if logit is None else logit, norm_weight, state, *self.window.tables(query),
@@ -140,7 +139,6 @@ class _Options(NamedTuple):
                 0 if logit is None else logit.stride(1), *self.window.strides(), self.window.scale,
                 query.shape[-1] ** -0.5, self.eps, self.delay,
                 **constants, BLEND=logit is not None, GRADIENT=changes is not None,
-                FW_PRECISION=state_precision(query.dtype),
             )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hqlt.ops.kernels import LOG2E, attend, dot, first_visible, halved_columns, load_column, load_tile, store_tile, turn
-from hqlt.ops.launch import Layout, attention_precision, block, halved_block, on_device, rows
+from hqlt.ops.launch import Layout, block, halved_block, on_device, precision, rows
 from hqlt.ops.rotary import Angles
 
 UNBOUNDED = 1 << 30  # the window of full context: one number, so that one kernel serves all lengths
@@ -182,7 +182,7 @@ class Window(NamedTuple):
         return {
             "H": query.shape[2], "K": key_dim, "V": value_dim, "BK": halved_block(key_dim), "BV": block(value_dim),
             "C": tile, "WINDOW": self.window, "ANCHORED": self.anchored, "ROTARY": self.angles is not None,
-            "PACKED": self.packed, "PRECISION": attention_precision(query.dtype),
+            "PACKED": self.packed, "PRECISION": precision(query.dtype),
             "num_warps": 8 if max(key_dim, value_dim) > 64 else 4, "num_stages": 1,
         }  # fmt: skip
 
