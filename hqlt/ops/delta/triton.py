@@ -247,7 +247,8 @@ class Scan(NamedTuple):
                 **sizes, FEATURES=self.features, PRECISION=precision(query.dtype), **SCAN_OPTIONS,
             )  # fmt: skip
         grad_query, grad_key, grad_value, grad_beta = grads
-        return grad_query.sum(0), grad_key.sum(0), grad_value, grad_beta.sum(0), grad_initial
+        of_query, of_key, of_beta = (x[0] if parts == 1 else x.sum(0) for x in (grad_query, grad_key, grad_beta))
+        return of_query, of_key, grad_value, of_beta, grad_initial
 
 
 class _DeltaRule(torch.autograd.Function):

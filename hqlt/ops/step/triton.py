@@ -88,7 +88,7 @@ def _write_and_read_fw(
         state = tl.load(tile, mask=mask, other=0)
         if WRITES:
             state = state * decay
-            value = tl.load(value_row + j, mask=(j < V) & written, other=0).to(query.dtype)
+            value = tl.where(written, tl.load(value_row + j, mask=j < V, other=0).to(query.dtype), 0.0)
             correction = beta * (value - tl.sum(key[:, None] * state, 0))
             state += key[:, None] * correction[None, :]
             tl.store(tile, state, mask=mask)
@@ -161,7 +161,8 @@ def _step(
         written = past >= DELAY
         if DELAY > 0:
             older = (past + L - DELAY) % L
-            new_key = tl.load(ring_key + older * (H * K) + i, mask=(i < K) & written, other=0).to(WIDE)
+            new_key = tl.load(ring_key + older * (H * K) + i, mask=i < K, other=0).to(WIDE)
+            new_key = tl.where(written, new_key, 0.0)
             value = ring_value + older * (H * V)
         strength = tl.where(written, tl.load(beta + n * H + h).to(WIDE), 0.0)
         decay = strength * 0 + 1
