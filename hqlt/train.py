@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hqlt.config import BACKENDS
 from hqlt.rl.command import add_rl
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def _add_engine(command: argparse.ArgumentParser) -> None:
     group.add_argument("--parallel", default="auto", help="fsdp (default), hsdp or ddp on several devices")
     group.add_argument("--micro-batch", type=int, default=8, help="rows that a device takes at a time (default: 8)")
     group.add_argument("--compile", action="store_true", help="compile the blocks")
+    group.add_argument("--backend", choices=BACKENDS, help="of the memories: see hqlt doctor (default: the recipe's)")
     group.add_argument("--activation-checkpointing", action="store_true", help="less memory for a third more work")
     group.add_argument("--threads", type=int, help="of torch")
 
@@ -173,6 +175,7 @@ def _train(options: argparse.Namespace) -> None:
         micro_batch=options.micro_batch,
         compile=options.compile,
         activation_checkpointing=options.activation_checkpointing,
+        backend=options.backend,
     )
     with join(options.device) as world:
         peak = None if options.peak_tflops is None else options.peak_tflops * 1e12

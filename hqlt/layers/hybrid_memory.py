@@ -100,6 +100,16 @@ class HybridMemory(nn.Module):
         self.dropout = make_dropout(config.dropout)
         self.lesion: Lesion | None = None  # of hqlt.layers.lesions, for analysis
 
+    def use_backend(self, backend: str) -> None:
+        """Compute with another backend; changes no result but by rounding.
+
+        Raises:
+            ValueError: there is no such backend.
+        """
+        self.config = dataclasses.replace(self.config, backend=backend)
+        if self.update_rule is not None:
+            self.update_rule.config = self.config
+
     @property
     def memories(self) -> tuple[str, ...]:
         """What the layer reads, in this order."""

@@ -117,6 +117,16 @@ class SequenceModel(nn.Module):
             hidden_states.extend(segments.unpack(h) for h in packed)
         return segments.unpack(y), state
 
+    def use_backend(self, backend: str) -> None:
+        """Compute all memories with another backend. ``config``, which is saved, keeps what it says: a model that was
+        trained with kernels of a GPU is loaded anywhere.
+
+        Raises:
+            ValueError: there is no such backend.
+        """
+        for block in self.blocks:
+            block.memory.use_backend(backend)  # type: ignore[union-attr, operator]
+
     def check_state(self, state: ModelState) -> None:
         """The state has the layers, parts and sizes of this model; calls of the model check it too."""
         self._check_depth(state)

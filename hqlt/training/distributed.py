@@ -125,12 +125,14 @@ class Engine:
         micro_batch: rows that a device takes at a time; the rest of its share is accumulated.
         compile: compile the blocks.
         activation_checkpointing: keep the inputs of blocks only and compute the rest again for gradients.
+        backend: of the memories, in place of what the recipe says.
     """
 
     parallel: str = "auto"
     micro_batch: int = 8
     compile: bool = False
     activation_checkpointing: bool = False
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         if self.parallel not in PARALLEL:
@@ -143,6 +145,8 @@ def spread(objective: Objective, world: World, engine: Engine, precision: str) -
     """The objective on the devices of the world, ready to be called in every process."""
     model = objective.model
     model.gradient_checkpointing = engine.activation_checkpointing
+    if engine.backend is not None:
+        model.use_backend(engine.backend)
     if engine.compile:
         for block in model.blocks:
             block.compile()

@@ -396,3 +396,18 @@ def test_a_batch_of_pads_changes_nothing():
     for mine, theirs in zip(after.layers, before.layers, strict=True):
         for name, part in theirs.tensors().items():
             assert torch.equal(mine.tensors()[name], part), name
+
+
+def test_another_backend_computes_the_same_and_is_not_saved() -> None:
+    model, tokens = small_model(), ids(2, 13)
+    expected, state = model(tokens)
+    model.use_backend("reference")
+    assert {layer.config.backend for layer in model.modules() if isinstance(layer, HybridMemory)} == {"reference"}
+    actual, again = model(tokens)
+    assert_close(actual, expected)
+    for a, b in zip(again.layers, state.layers, strict=True):
+        for name, x in b.tensors().items():
+            assert_close(a.tensors()[name], x)
+    assert {memory.backend for memory in model.config.memories} == {"auto"}
+    with pytest.raises(ValueError, match="backend='cuda'"):
+        model.use_backend("cuda")

@@ -124,6 +124,7 @@ def test_lanes_carry_both_memories_over_an_epoch(data):
 @pytest.mark.parametrize("change", [
     {"activation_checkpointing": True},
     {"compile": True},
+    {"backend": "reference"},
 ])  # fmt: skip
 def test_what_makes_it_fast_changes_nothing(tmp_path, data, change):
     made = recipe(steps=3)
