@@ -20,6 +20,14 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def rows_of(document, query_borders, key_borders):
+    """First row and number of a document's queries, then of its keys, which end with the queries' own tokens."""
+    start, key_start = tl.load(query_borders + document), tl.load(key_borders + document)
+    length = tl.load(query_borders + document + 1) - start
+    return start, length, key_start, tl.load(key_borders + document + 1) - key_start
+
+
+@triton.jit
 def halved_columns(K: tl.constexpr, BK: tl.constexpr):
     """Column of each place of a halved tile, and whether there is one."""
     place = tl.arange(0, BK)

@@ -25,6 +25,7 @@ from hqlt.ops.kernels import (
     halved_columns,
     load_column,
     load_tile,
+    rows_of,
     store_tile,
     unit_silu,
     unit_silu_gradient,
@@ -44,10 +45,8 @@ def _forward(
     FEATURES: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    start = tl.load(query_borders + document)
-    length = tl.load(query_borders + document + 1) - start
-    key_start = tl.load(key_borders + document)
-    shift = tl.load(key_borders + document + 1) - key_start - length - delay
+    start, length, key_start, total = rows_of(document, query_borders, key_borders)
+    shift = total - length - delay
     tile = tl.load(tile_starts + document)
     columns, exist = halved_columns(K, BK)
     v_columns = tl.program_id(1) * BV + tl.arange(0, BV)
@@ -90,10 +89,8 @@ def _backward(
     FEATURES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head, part = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H, tl.program_id(1).to(tl.int64)
-    start = tl.load(query_borders + document)
-    length = tl.load(query_borders + document + 1) - start
-    key_start = tl.load(key_borders + document)
-    shift = tl.load(key_borders + document + 1) - key_start - length - delay
+    start, length, key_start, total = rows_of(document, query_borders, key_borders)
+    shift = total - length - delay
     tile = tl.load(tile_starts + document)
     columns, exist = halved_columns(K, BK)
     v_columns = tl.program_id(1) * BV + tl.arange(0, BV)

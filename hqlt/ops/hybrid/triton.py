@@ -23,6 +23,7 @@ from hqlt.ops.kernels import (
     halved_columns,
     load_column,
     load_tile,
+    rows_of,
     store_tile,
     turn,
     unit_silu,
@@ -45,9 +46,7 @@ def _hybrid(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    start, key_start = tl.load(query_borders + document), tl.load(key_borders + document)
-    length = tl.load(query_borders + document + 1) - start
-    total = tl.load(key_borders + document + 1) - key_start
+    start, length, key_start, total = rows_of(document, query_borders, key_borders)
     past = total - length
     tile = tl.load(tile_starts + document)
     columns, exist = halved_columns(K, BK)

@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hqlt.ops.kernels import LOG2E, attend, dot, first_visible, halved_columns, load_column, load_tile, store_tile, turn
+from hqlt.ops.kernels import (
+    LOG2E,
+    attend,
+    dot,
+    first_visible,
+    halved_columns,
+    load_column,
+    load_tile,
+    rows_of,
+    store_tile,
+    turn,
+)
 from hqlt.ops.launch import Layout, block, halved_block, on_device, precision, rows
 from hqlt.ops.rotary import Angles
 
@@ -31,9 +42,7 @@ def _forward(
     WINDOW: tl.constexpr, ANCHORED: tl.constexpr, ROTARY: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head = tl.load(tile_documents + tl.program_id(0)), tl.program_id(1)
-    start, key_start = tl.load(query_borders + document), tl.load(key_borders + document)
-    length = tl.load(query_borders + document + 1) - start
-    total = tl.load(key_borders + document + 1) - key_start
+    start, length, key_start, total = rows_of(document, query_borders, key_borders)
     own = (tl.program_id(0) - tl.load(tile_starts + document)) * C + tl.arange(0, C)
     present = own < length
     columns, exist = halved_columns(K, BK)
@@ -61,9 +70,7 @@ def _query_backward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head = tl.load(tile_documents + tl.program_id(0)), tl.program_id(1)
-    start, key_start = tl.load(query_borders + document), tl.load(key_borders + document)
-    length = tl.load(query_borders + document + 1) - start
-    total = tl.load(key_borders + document + 1) - key_start
+    start, length, key_start, total = rows_of(document, query_borders, key_borders)
     here = tl.arange(0, C)
     own = (tl.program_id(0) - tl.load(tile_starts + document)) * C + here
     present = own < length
@@ -110,9 +117,7 @@ def _key_backward(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     document, head = tl.load(tile_documents + tl.program_id(0)), tl.program_id(1)
-    start, key_start = tl.load(query_borders + document), tl.load(key_borders + document)
-    length = tl.load(query_borders + document + 1) - start
-    total = tl.load(key_borders + document + 1) - key_start
+    start, length, key_start, total = rows_of(document, query_borders, key_borders)
     past = total - length
     here = tl.arange(0, C)
     places = (tl.program_id(0) - tl.load(tile_starts + document)) * C + here
