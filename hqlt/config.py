@@ -11,7 +11,7 @@ SCHEDULES = ("synchronous", "delayed_streaming", "delayed_chunk", "overlap")
 UPDATE_RULES = ("delta", "gated_delta", "linear")
 MIXERS = ("sum", "static_scalar", "dynamic_scalar", "dynamic_vector", "dynamic_vector_separate")
 POSITION_ENCODINGS = ("rope", "none")
-BACKENDS = ("auto", "reference", "chunked", "fla", "triton")
+BACKENDS = ("auto", "reference", "chunked", "native", "fla", "triton")
 NORMALISERS = ("time", "published")
 
 

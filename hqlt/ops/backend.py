@@ -4,8 +4,8 @@ Every op has two forms of its own that run anywhere: the recurrence, which defin
 Before them come kernels in order of preference, each with the reasons for which it may not run: what the machine
 lacks, and what the kernel was not made for.
 
-``auto`` takes the first kernel without an obstacle, on a CPU none. An explicit ``backend`` is an error where the
-machine lacks all that it names; a call for which that backend has no kernel runs in a form of our own.
+``auto`` takes the first kernel without an obstacle. An explicit ``backend`` is an error where the machine lacks all
+that it names; a call for which that backend has no kernel runs in a form of our own.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ class Op(Generic[Result]):
             facts: of :class:`Call`, beyond device, dtype and shape.
         """
         query, _, value = arguments[:3]
-        if backend == "auto" and query.device.type == "cpu":  # models of microseconds do not wait for a choice
-            chosen: str | Kernel = self.own_form(query.shape[1])
+        if backend == "auto" and query.device.type == "cpu" and query.shape[1] == 1:
+            chosen: str | Kernel = self.own_form(1)  # models of microseconds do not wait for a choice
         else:
             shape = (query.shape[1], query.shape[-1], value.shape[-1])
             chosen = self.choose(backend, Call(query.device.type, query.dtype, *shape, **facts))
@@ -137,11 +137,10 @@ class Op(Generic[Result]):
             return backend
         if backend != "auto":
             self._check_present(backend, call)
-        elif call.device == "cpu":
-            return self.own_form(call.length)
         for kernel in self.kernels:
             asked = kernel.automatic if backend == "auto" else backend == kernel.backend
-            if asked and kernel.obstacle(call) is None:
+            # In this order: what a machine lacks may take seconds to find out.
+            if asked and kernel.unfit(call) is None and kernel.missing(call) is None:
                 return kernel
         return self.own_form(call.length)
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
+from hqlt.ops.native import runs_rows
+from hqlt.ops.native.norm import norm_native
 from hqlt.ops.precision import full_precision
 
 
@@ -89,6 +91,8 @@ def _factor(x: Tensor, eps: float) -> Tensor:
 def _apply(
     first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
+    if runs_rows(first, (second, logit, weight), dtype):
+        return norm_native(first, second, logit, weight, eps)
     if not needs_grad(first, second, logit, weight):
         return _forward(first, second, logit, weight, eps, dtype)
     y: Tensor = _BlendNorm.apply(first, second, logit, weight, eps, dtype)  # type: ignore[no-untyped-call]

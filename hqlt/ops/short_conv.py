@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hqlt.ops.native import runs_rows
+from hqlt.ops.native.convolution import convolution_native
+
 
 def short_convolution(x: Tensor, weight: Tensor, past: Tensor, borders: list[int] | None = None) -> Tensor:
     r"""Depthwise causal convolution y_t = Σ_j w_j ⊙ x_{t−C+1+j} with C = the kernel size.
@@ -21,6 +24,8 @@ def short_convolution(x: Tensor, weight: Tensor, past: Tensor, borders: list[int
     Returns:
         [B, T, D].
     """
+    if runs_rows(x, (weight, past), x.dtype):
+        return convolution_native(x, weight, past, borders)
     taps = weight.shape[-1]
     if borders is None:
         # Contiguous, or attention over it would fall back to a path that keeps T × T weights.

@@ -7,13 +7,16 @@ from torch import Tensor
 from hqlt.ops import launch
 from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.delta.chunked import delta_rule_chunked
+from hqlt.ops.delta.native import unfit as native_unfit
 from hqlt.ops.delta.reference import delta_rule_reference
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 from hqlt.ops.fla import missing, unfit
+from hqlt.ops.native import missing as native_missing
 
 
 def _unfit(call: Call) -> str | None:
     return launch.unfit(call) or ("it has no chunk reads" if call.period else None)
+
 
 
 DELTA_RULE = Op(
@@ -21,6 +24,13 @@ DELTA_RULE = Op(
     reference=delta_rule_reference,
     chunked=delta_rule_chunked,
     kernels=(
+        Kernel(
+            name="native",
+            backend="native",
+            run=deferred("hqlt.ops.delta.native", "delta_rule_native"),
+            missing=native_missing,
+            unfit=native_unfit,
+        ),
         Kernel(
             name="fla",
             backend="fla",

@@ -5,16 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 
 from hqlt.ops.backend import Kernel, Op, deferred
+from hqlt.ops.delta.native import unfit as native_unfit
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 from hqlt.ops.fla import gated_missing, unfit
 from hqlt.ops.gated_delta.chunked import gated_delta_rule_chunked
 from hqlt.ops.gated_delta.reference import gated_delta_rule_reference
+from hqlt.ops.native import missing as native_missing
 
 GATED_DELTA_RULE = Op(
     name="gated delta rule",
     reference=gated_delta_rule_reference,
     chunked=gated_delta_rule_chunked,
     kernels=(
+        Kernel(
+            name="native",
+            backend="native",
+            run=deferred("hqlt.ops.delta.native", "gated_delta_rule_native"),
+            missing=native_missing,
+            unfit=native_unfit,
+        ),
         Kernel(
             name="fla",
             backend="fla",

@@ -7,9 +7,11 @@ from torch import Tensor
 from hqlt.ops import launch
 from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
+from hqlt.ops.native import missing as native_missing
 from hqlt.ops.rotary import Angles
 from hqlt.ops.window import libraries
 from hqlt.ops.window.chunked import window_attention_chunked
+from hqlt.ops.window.native import unfit as native_unfit
 from hqlt.ops.window.reference import window_attention_reference
 
 
@@ -22,6 +24,13 @@ WINDOW_ATTENTION = Op(
     reference=window_attention_reference,
     chunked=window_attention_chunked,
     kernels=(
+        Kernel(
+            name="native",
+            backend="native",
+            run=deferred("hqlt.ops.window.native", "window_attention_native"),
+            missing=native_missing,
+            unfit=native_unfit,
+        ),
         Kernel(
             name="flash-attn",
             backend="fla",

@@ -1,0 +1,40 @@
+"""Short convolution by compiled code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hqlt.ops.native import run, starts_of
+
+
+def convolution_native(x: Tensor, weight: Tensor, past: Tensor, borders: list[int] | None) -> Tensor:
+    """As :func:`hqlt.ops.short_convolution`."""
+    starts = starts_of(borders, *x.shape[:2])
+    y: Tensor = _Convolution.apply(x, weight, past, starts)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, past: Tensor, starts: Tensor) -> Tensor:
+        x, past = x.contiguous(), past.contiguous()
+        taps = weight.detach().flatten(1).T.contiguous()
+        y = torch.empty_like(x)
+        run("convolution", len(starts) - 1, x.numel(), x.dtype, starts, *taps.shape[::-1], x, past, taps, y)
+        ctx.save_for_backward(x, past, taps, starts)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, past, taps, starts = ctx.saved_tensors
+        grads = [torch.zeros_like(tensor) for tensor in (x, past, taps)]
+        # No work to divide: threads would meet in the gradient of the weight.
+        run(
+            "convolution_backward", len(starts) - 1, 0, x.dtype,
+            starts, *taps.shape[::-1], x, past, taps, grad.contiguous(), *grads,
+        )  # fmt: skip
+        return grads[0], grads[2].T.unsqueeze(1), grads[1], None
