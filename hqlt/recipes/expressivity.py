@@ -94,6 +94,8 @@ def expressivity(
         model=matched(config, setting.model),
         training=replace(setting.training, learning_rate=rate, seed=seed),
         batch_size=setting.batch_size,
+        practice=setting.practice,
+        equal_sizes=setting.equal_sizes,
         trained=trained,
         bands=tuple(bands),
         validation_samples=setting.validation_samples,

@@ -23,7 +23,7 @@ class Setting:
             MLP.
         training: with any learning rate and seed.
         learning_rates: to choose from by validation.
-        batch_size, trained: as in :class:`hqlt.training.synthetic.SyntheticRecipe`.
+        batch_size, trained, practice, equal_sizes: as in :class:`hqlt.training.synthetic.SyntheticRecipe`.
         tested: smallest and largest size of the validation and test samples.
         bands: parts of the tested sizes; smaller ones are measured in two more.
         validation_samples, test_samples: in each band.
@@ -46,6 +46,8 @@ class Setting:
     distances: tuple[int, ...] = ()
     family: str = ""
     differs: str = ""
+    practice: str | None = None
+    equal_sizes: bool = False
 
     @property
     def memory(self) -> MemoryConfig:

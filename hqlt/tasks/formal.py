@@ -13,7 +13,7 @@ the answer to the whole word only.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import permutations
 
 import torch
@@ -83,23 +83,40 @@ PLUS, MINUS, TIMES, EQUALS = 1, 2, 3, 4
 
 
 def modular_arithmetic(
-    count: int, shortest: int, longest: int, generator: torch.Generator, *, modulus: int = 5
+    count: int, shortest: int, longest: int, generator: torch.Generator, *, modulus: int = 5, mixed: float = 0.0
 ) -> Batch:
     """The value of d ∘ d ∘ … ∘ d =, × before + and −, modulo 5.
 
     Tokens: 1 +, 2 −, 3 ×, 4 =, 5 … 9 the digits 0 … 4. n is odd: k digits, k − 1 operators, =, the answer.
+
+    Args:
+        count, shortest, longest, generator: as for every task.
+        modulus: of digits and value.
+        mixed: share of the sequences in which × is not one operator of three but one of a share that is uniform in
+            0 … 1: long sums and long products, which equal shares hardly ever make.
     """
     _check(shortest, longest, 3)
     fewest, most = (shortest + 1) // 2, (longest + 1) // 2
     fewest = min(fewest, most)
     digits = _draw(count, most - 1, modulus, generator)
     operators = _draw(count, most - 1, 3, generator) + PLUS
+    if mixed:
+        operators = torch.where(
+            torch.rand(count, 1, generator=generator) < mixed, _mixed(operators, generator), operators
+        )
     length = 2 * torch.randint(fewest, most + 1, (count, 1), generator=generator) - 1
     tokens = torch.stack([digits + EQUALS + 1, operators], 2).flatten(1)
     tokens.scatter_(1, length - 2, EQUALS)
     value = _evaluate(digits, operators, (length[:, 0] - 1) // 2, modulus)
     tokens = F.pad(tokens, (0, longest - 1 - tokens.shape[1]))
     return _asked(tokens, length, value[:, None] + EQUALS + 1)
+
+
+def _mixed(operators: Tensor, generator: torch.Generator) -> Tensor:
+    """Operators [B, n] of which a share is ×, drawn for each row, and the others + or −."""
+    share = torch.rand(len(operators), 1, generator=generator)
+    sums = _draw(*operators.shape, 2, generator) + PLUS
+    return torch.where(torch.rand(operators.shape, generator=generator) < share, TIMES, sums)
 
 
 def _evaluate(digits: Tensor, operators: Tensor, terms: Tensor, modulus: int) -> Tensor:
@@ -213,6 +230,7 @@ FORMAL_TASKS = {
     "even_pairs": SyntheticTask(even_pairs, 3, 2, 2),
     "cycle_navigation": SyntheticTask(cycle_navigation, 9, 5, 2),
     "modular_arithmetic": SyntheticTask(modular_arithmetic, 10, 5, 3, stride=2),
+    "modular_arithmetic_mixed": SyntheticTask(partial(modular_arithmetic, mixed=0.5), 10, 5, 3, stride=2),
     "modular_arithmetic_with_brackets": SyntheticTask(modular_arithmetic_with_brackets, 12, 5, 5),
     "s3": _permutations(3),
     "s4": _permutations(4),

@@ -46,12 +46,20 @@ class SyntheticTask:
         Raises:
             ValueError: fewer sizes than parts.
         """
-        first = shortest - (shortest - self.shortest) % self.stride
-        sizes = range(first, longest + 1, self.stride)
+        sizes = self._sizes(shortest, longest)
         if not 1 <= count <= len(sizes):
             raise ValueError(f"{len(sizes)} sizes from {shortest} to {longest} cannot make {count} parts")
         parts = np.array_split(np.array(sizes), count)
         return [(int(part[0]), int(part[-1])) for part in parts]
+
+    def draw_size(self, shortest: int, longest: int, generator: torch.Generator) -> int:
+        """One of the sizes from ``shortest`` to ``longest``, all equally likely."""
+        sizes = self._sizes(shortest, longest)
+        return sizes[int(torch.randint(len(sizes), (), generator=generator))]
+
+    def _sizes(self, shortest: int, longest: int) -> range:
+        """Those that the task has, from the largest that is at most ``shortest`` on."""
+        return range(shortest - (shortest - self.shortest) % self.stride, longest + 1, self.stride)
 
     @property
     def metric(self) -> str:

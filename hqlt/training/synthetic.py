@@ -24,6 +24,8 @@ class SyntheticRecipe:
         model: its vocabulary is the task's.
         training: a curriculum goes over the largest size of a batch.
         batch_size: samples of a training step.
+        practice: the task that training draws from, if another than the tested one; of the same vocabulary.
+        equal_sizes: whether all samples of a step have one size, drawn anew for each step, so that none is padded.
         trained: smallest and largest size in training.
         bands: (first, last) size of each part of the validation and test samples.
         validation_samples: in each band, at every evaluation while training.
@@ -38,6 +40,8 @@ class SyntheticRecipe:
     bands: tuple[tuple[int, int], ...]
     validation_samples: int
     tested_from: int | None = None
+    practice: str | None = None
+    equal_sizes: bool = False
 
     def __post_init__(self) -> None:
         curriculum = self.training.curriculum
@@ -45,6 +49,8 @@ class SyntheticRecipe:
             raise ValueError(
                 f"the curriculum starts at {curriculum.start}, below the smallest size in training, {self.trained[0]}"
             )
+        if self.practice is not None and TASKS[self.practice].vocab_size != TASKS[self.task].vocab_size:
+            raise ValueError(f"practice={self.practice!r} has another vocabulary than task={self.task!r}")
 
     def build(self) -> LanguageModel:
         """The model with the initial weights of the training's seed."""
@@ -54,11 +60,14 @@ class SyntheticRecipe:
 
 def synthetic_task(recipe: SyntheticRecipe) -> Task:
     """Batches of a recipe's task; measures accuracy in percent in each band of validation samples."""
-    task = TASKS[recipe.task]
+    task, practice = TASKS[recipe.task], TASKS[recipe.practice or recipe.task]
     shortest, longest = recipe.trained
 
     def batch(seed: int, step: int, level: int = longest) -> tuple[Tensor, Tensor]:
-        return task.sample(recipe.batch_size, shortest, min(level, longest), random_numbers("train", seed, step))
+        generator, sizes = random_numbers("train", seed, step), (shortest, min(level, longest))
+        if recipe.equal_sizes:
+            sizes = (practice.draw_size(*sizes, generator),) * 2
+        return practice.sample(recipe.batch_size, *sizes, generator)
 
     def evaluate(model: LanguageModel) -> Metrics:
         found = accuracy_by_size(model, task, list(recipe.bands), recipe.validation_samples, split="validation")
@@ -74,6 +83,8 @@ def synthetic_task(recipe: SyntheticRecipe) -> Task:
         "bands": [list(band) for band in recipe.bands],
         "tested_from": recipe.tested_from,
         "validation_samples": recipe.validation_samples,
+        "practice": recipe.practice,
+        "equal_sizes": recipe.equal_sizes,
     }
     return Task(batch, evaluate, fingerprint)
 

@@ -38,6 +38,19 @@ def test_the_level_bounds_the_sizes_of_a_batch():
     assert not torch.equal(batch(0, 3)[0], batch(0, 4)[0])
 
 
+def test_samples_of_a_step_may_have_one_size():
+    recipe = replace(RECIPE, task="modular_arithmetic", practice="modular_arithmetic_mixed", equal_sizes=True)
+    batch = synthetic_task(replace(recipe, model=replace(RECIPE.model, vocab_size=10))).batch
+    sizes = [batch(0, step, 12)[0].shape[1] + 1 for step in range(60)]
+    assert set(sizes) == {3, 5, 7, 9, 11}
+    assert all((batch(0, step, 12)[1][:, -1] != -100).all() for step in range(10))
+
+
+def test_practice_has_the_vocabulary_of_the_task():
+    with pytest.raises(ValueError, match="practice='modular_arithmetic' has another vocabulary than task='parity'"):
+        replace(RECIPE, practice="modular_arithmetic")
+
+
 def test_accuracy_is_measured_by_band_and_over_those_that_are_tested(tmp_path):
     training = replace(RECIPE.training, curriculum=Curriculum(start=4, stop=20, step=8, below=9.0))
     recipe = replace(RECIPE, training=training)

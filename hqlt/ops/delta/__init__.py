@@ -18,7 +18,6 @@ def _unfit(call: Call) -> str | None:
     return launch.unfit(call) or ("it has no chunk reads" if call.period else None)
 
 
-
 DELTA_RULE = Op(
     name="delta rule",
     reference=delta_rule_reference,
