@@ -33,7 +33,7 @@ def add_rl(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--model", default="hqlt", help="hqlt (default), hqlt_window_N (such as 4), deltanet, transformer, lstm"
     )
     command.add_argument("--output", type=Path, metavar="DIR", help="default: runs/rl/RECIPE-MODEL-SEED")
-    command.add_argument("--video", type=Path, metavar="FILE", help="GIF of an evaluation episode, at the end")
+    command.add_argument("--video", type=Path, metavar="FILE", help="GIF or MP4 of an evaluation episode, at the end")
     group = command.add_argument_group("instead of what the recipe says")
     group.add_argument("--episodes", type=int, help="to collect in all")
     group.add_argument("--random-episodes", type=int, help="the first, with random actions")
@@ -67,6 +67,10 @@ def train_rl(options: argparse.Namespace) -> int:
     if options.recipe is None:
         print("\n".join(VISUAL_MATCH))
         return 0
+    if options.video is not None:
+        from hqlt.rl.film import check_film
+
+        check_film(options.video)
     changes = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
     changes |= {name: True for name in ("stateless_rollouts", "end_on_door") if getattr(options, name)}
     recipe = visual_match(options.recipe, options.model).changed(**changes)

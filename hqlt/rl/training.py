@@ -52,10 +52,10 @@ def door_layout(recipe: RLRecipe, use: int) -> Layout:
     return first, second, third
 
 
-def make_world(recipe: RLRecipe, count: int, layout: Layout, render_mode: str | None = None) -> VisualMatchVectorEnv:
+def make_world(recipe: RLRecipe, count: int, layout: Layout) -> VisualMatchVectorEnv:
     """So many environments of the recipe."""
     options = dataclasses.asdict(recipe.world) | {"door_layout": layout}
-    return VisualMatchVectorEnv(count, **options, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode)
+    return VisualMatchVectorEnv(count, **options, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def make_agent(recipe: RLRecipe) -> Agent:

@@ -176,6 +176,15 @@ def test_the_command_trains_goes_on_and_films(tmp_path, capsys, monkeypatch):
     with Image.open("film.gif") as film:
         assert film.n_frames == 46
         assert film.size == (176, 112 + 2 * 14)
+    assert main([*command[:-1], "film.mp4"]) == 0  # of the finished run
+    capsys.readouterr()
+    import av
+
+    with av.open("film.mp4") as film:
+        assert sum(1 for _ in film.decode(video=0)) == 46
+    assert main([*command[:-1], "film.avi", "--seed", "9"]) == 1
+    assert "film.avi is neither a .gif nor an .mp4" in capsys.readouterr().err
+    assert not Path("runs/rl/visual_match_15-hqlt-9").exists()
     assert main([*command, "--stateless-rollouts"]) == 1
     assert "differs in stateless_rollouts (False, now True)" in capsys.readouterr().err
     assert main(["train", "rl", "visual_match_15", "--model", "gru"]) == 1
