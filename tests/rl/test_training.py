@@ -136,6 +136,13 @@ def test_door_layouts_of_training_and_evaluation():
         (lambda: SACConfig(entropy_weight=0.0), "entropy_weight=0.0 must be positive"),
         (lambda: SACConfig(clip=-1.0), "clip=-1.0 must be positive, or None"),
         (lambda: WorldConfig(door_layout="same"), "door_layout='same' is unknown"),
+        (
+            lambda: WorldConfig(door_layout=("red", "red", "blue")),
+            "choose shared, per_env, per_episode, or red, green,",
+        ),
+        (lambda: TINY.changed(distractor_steps=0), "distractor_steps=0 must be at least 1"),
+        (lambda: TINY.changed(respawn_every=2.5), "respawn_every=2.5 must be an int, not float"),
+        (lambda: WorldConfig(final_reward=float("inf")), "final_reward=inf must be finite"),
         (lambda: AgentConfig(memory=None), "memory must be a ModelConfig or an LSTMConfig"),
         (lambda: AgentConfig(memory=LSTMConfig(), head_sizes=()), "head_sizes=()"),
         (lambda: LSTMConfig(dropout=1.0), "dropout=1.0 must lie in"),
