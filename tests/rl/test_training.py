@@ -192,6 +192,10 @@ def test_the_command_trains_goes_on_and_films(tmp_path, capsys, monkeypatch):
     assert main([*command[:-1], "film.avi", "--seed", "9"]) == 1
     assert "film.avi is neither a .gif nor an .mp4" in capsys.readouterr().err
     assert not Path("runs/rl/visual_match_15-hqlt-9").exists()
+    assert main([*command, "--door-layout", "blue,red,red"]) == 1
+    assert "door_layout=('blue', 'red', 'red') is unknown" in capsys.readouterr().err
+    assert main([*command, "--door-layout", "blue,red,green", "--clip", "1"]) == 1
+    assert "door_layout" in capsys.readouterr().err  # of a folder that has another
     assert main([*command, "--stateless-rollouts"]) == 1
     assert "differs in stateless_rollouts (False, now True)" in capsys.readouterr().err
     assert main(["train", "rl", "visual_match_15", "--model", "gru"]) == 1

@@ -30,7 +30,7 @@ def picture(symbols: NDArray[Any], row: int, column: int, sight: int) -> Image:
     return cells.repeat(PIXELS, 0).repeat(PIXELS, 1)
 
 
-def board_symbols(board: Cells) -> NDArray[np.uint32]:
+def board_symbols(board: Cells) -> NDArray[Any]:
     """The symbols [7, 11] of a board of :data:`hqlt.rl.environments.boards.SIZE` cells."""
     return (board >> 24).reshape(-1, STRIDE)[MARGIN : MARGIN + ROWS, MARGIN : MARGIN + COLUMNS]
 
