@@ -11,9 +11,9 @@ from pathlib import Path
 
 from hqlt.experiments import run_experiment
 from hqlt.recipes.reinforcement_learning import VISUAL_MATCH
+from hqlt.rl.config import DOOR_LAYOUTS
 from hqlt.training.sweep import Run
 from hqlt.visual_match import live_table, visual_match_runs
-from hqlt.visual_match.tables import DOOR_LAYOUTS
 
 MODELS = ["hqlt_window_4", "hqlt", "deltanet", "transformer"]
 

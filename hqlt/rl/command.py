@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 # Of a recipe, that an option may change.
 CHANGES = (
-    "episodes", "random_episodes", "num_envs", "updates_per_step", "batch_size", "learning_rate", "evaluate_every",
-    "evaluate_episodes", "door_layout", "seed",
+    "episodes", "random_episodes", "num_envs", "updates_per_step", "batch_size", "learning_rate", "clip",
+    "evaluate_every", "evaluate_episodes", "door_layout", "seed",
 )  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def add_rl(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--model", default="hqlt", help="hqlt (default), hqlt_window_N (such as 4), deltanet, transformer, lstm"
     )
     command.add_argument("--output", type=Path, metavar="DIR", help="default: runs/rl/RECIPE-MODEL-SEED")
-    command.add_argument("--video", type=Path, metavar="FILE", help="GIF of an evaluation episode, at the end")
+    command.add_argument("--video", type=Path, metavar="FILE", help="GIF or MP4 of an evaluation episode, at the end")
     group = command.add_argument_group("instead of what the recipe says")
     group.add_argument("--episodes", type=int, help="to collect in all")
     group.add_argument("--random-episodes", type=int, help="the first, with random actions")
@@ -41,9 +41,13 @@ def add_rl(kinds: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     group.add_argument("--updates-per-step", type=float, help="gradient updates for each step collected")
     group.add_argument("--batch-size", type=int, help="episodes of an update")
     group.add_argument("--learning-rate", type=float)
+    group.add_argument("--clip", type=float, metavar="NORM", help="bound of the global gradient norm")
     group.add_argument("--evaluate-every", type=int, metavar="EPISODES")
     group.add_argument("--evaluate-episodes", type=int, help="of an evaluation")
-    group.add_argument("--door-layout", help="shared, per_env (as published) or per_episode")
+    group.add_argument(
+        "--door-layout",
+        help="shared, per_env (as published), per_episode, or colours from left to right: blue,red,green",
+    )
     group.add_argument("--seed", type=int, help="of weights, worlds and everything else")
     for name, text in (
         ("stateless-rollouts", "collect without memory, as published"),
@@ -67,7 +71,13 @@ def train_rl(options: argparse.Namespace) -> int:
     if options.recipe is None:
         print("\n".join(VISUAL_MATCH))
         return 0
+    if options.video is not None:
+        from hqlt.rl.film import check_film
+
+        check_film(options.video)
     changes = {name: getattr(options, name) for name in CHANGES if getattr(options, name) is not None}
+    if "," in (options.door_layout or ""):
+        changes["door_layout"] = tuple(options.door_layout.split(","))
     changes |= {name: True for name in ("stateless_rollouts", "end_on_door") if getattr(options, name)}
     recipe = visual_match(options.recipe, options.model).changed(**changes)
     try:

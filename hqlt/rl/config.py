@@ -8,6 +8,9 @@ from typing import Any
 
 from hqlt.config import ModelConfig
 
+_COLOURS = ("red", "green", "blue")  # as `environments.boards` has them, which needs numpy
+DOOR_LAYOUTS = ("shared", "per_env", "per_episode")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LSTMConfig:
@@ -96,9 +99,15 @@ class WorldConfig:
     door_layout: str | tuple[str, str, str] = "shared"
 
     def __post_init__(self) -> None:
-        if isinstance(self.door_layout, str) and self.door_layout not in ("shared", "per_env", "per_episode"):
+        _check_least(self, 1, "distractor_steps")
+        _check_least(self, 0, "respawn_every")
+        if not math.isfinite(self.final_reward):
+            raise ValueError(f"final_reward={self.final_reward} must be finite")
+        layout = self.door_layout
+        if not (layout in DOOR_LAYOUTS if isinstance(layout, str) else sorted(layout) == sorted(_COLOURS)):
             raise ValueError(
-                f"door_layout={self.door_layout!r} is unknown; choose shared, per_env, per_episode or three colours"
+                f"door_layout={layout!r} is unknown; choose {', '.join(DOOR_LAYOUTS)}, or {', '.join(_COLOURS)} in an "
+                "order of yours"
             )
 
     @property
@@ -152,6 +161,20 @@ class RLRecipe:
                 f"replay_episodes={self.replay_episodes} cannot hold random_episodes={self.random_episodes} "
                 f"or num_envs={self.num_envs}; raise it"
             )
+
+    def round_size(self, episodes: int) -> int:
+        """How many episodes the round collects that follows so many; the first one is the random one."""
+        size = self.num_envs if episodes else self.random_episodes
+        return min(size, self.episodes - episodes)
+
+    def round_updates(self, steps: int) -> int:
+        """Updates after a round of so many steps."""
+        return math.ceil(self.updates_per_step * steps)
+
+    def evaluation_due(self, episodes: int, last: int) -> bool:
+        """Whether an evaluation follows the round of ``last`` episodes that made them so many in all."""
+        every = self.evaluate_every
+        return episodes >= self.episodes or episodes // every > (episodes - last) // every
 
     def changed(self, **changes: Any) -> RLRecipe:
         """The recipe with other values; those of ``sac`` and ``world`` are found by their names too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,10 +51,10 @@ def door_layout(recipe: RLRecipe, use: int) -> Layout:
     return first, second, third
 
 
-def make_world(recipe: RLRecipe, count: int, layout: Layout, render_mode: str | None = None) -> VisualMatchVectorEnv:
+def make_world(recipe: RLRecipe, count: int, layout: Layout) -> VisualMatchVectorEnv:
     """So many environments of the recipe."""
     options = dataclasses.asdict(recipe.world) | {"door_layout": layout}
-    return VisualMatchVectorEnv(count, **options, autoreset_mode=AutoresetMode.DISABLED, render_mode=render_mode)
+    return VisualMatchVectorEnv(count, **options, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def make_agent(recipe: RLRecipe) -> Agent:
@@ -92,17 +91,12 @@ class Run:
         else:
             self._collect()
             self.seconds["collect"] += time.monotonic() - started
-        every, last = self.recipe.evaluate_every, self._last_round
-        return not self.owed and (self.done or self.episodes // every > (self.episodes - last) // every)
-
-    @property
-    def _last_round(self) -> int:
-        return int(self.collected["episodes"])
+        return not self.owed and self.recipe.evaluation_due(self.episodes, int(self.collected["episodes"]))
 
     def _collect(self) -> None:
         recipe = self.recipe
         is_first = not self.episodes
-        count = min(recipe.random_episodes if is_first else recipe.num_envs, recipe.episodes - self.episodes)
+        count = recipe.round_size(self.episodes)
         env = make_world(recipe, count, door_layout(recipe, LAYOUT))
         agent = None if is_first else self.agent.train()
         seed = derived_seed(recipe.seed, COLLECT, self.episodes)
@@ -112,7 +106,7 @@ class Run:
         self.collected = {"episodes": count, **{f"training_{k}": x for k, x in summary(episodes).items()}}
         self.episodes += count
         self.env_steps += steps
-        self.owed = math.ceil(recipe.updates_per_step * steps)
+        self.owed = recipe.round_updates(steps)
 
     def _update(self) -> None:
         seed = derived_seed(self.recipe.seed, UPDATE, self.updates)
@@ -162,11 +156,13 @@ def evaluate(recipe: RLRecipe, agent: Agent, use: int = EVALUATE) -> dict[str, f
     The episodes are the same in every evaluation of a run; with the use ``TEST`` they are others.
     """
     found: dict[str, float] = {}
+    measured: dict[Layout, dict[str, float]] = {}
     agent.eval()
     for name, layout in (("", door_layout(recipe, OTHER_LAYOUT)), ("_per_episode", "per_episode")):
-        env = make_world(recipe, recipe.evaluate_episodes, layout)
-        measured = summary(roll_out(env, agent, derived_seed(recipe.seed, use), greedy=True))
-        found |= {f"{key}{name}": x for key, x in measured.items()}
+        if layout not in measured:
+            env = make_world(recipe, recipe.evaluate_episodes, layout)
+            measured[layout] = summary(roll_out(env, agent, derived_seed(recipe.seed, use), greedy=True))
+        found |= {f"{key}{name}": x for key, x in measured[layout].items()}
     agent.train()
     return found
 

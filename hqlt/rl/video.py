@@ -9,58 +9,47 @@ import torch
 from numpy.typing import NDArray
 
 from hqlt.analysis.gates import recorded_gates
-from hqlt.files import atomic
 from hqlt.layers.mixers import Mixer
 from hqlt.rl.agent import Agent
 from hqlt.rl.config import RLRecipe
 from hqlt.rl.environments.boards import COLUMNS
 from hqlt.rl.environments.rendering import PIXELS
+from hqlt.rl.film import write_film
 from hqlt.rl.replay import redraw
 from hqlt.rl.rollout import roll_out
 from hqlt.rl.training import OTHER_LAYOUT, door_layout, make_world
 
-MILLISECONDS = 120
 STRIP = 14  # pixels of a layer
 KV_COLOUR, FW_COLOUR = np.array([217.0, 95.0, 2.0]), np.array([27.0, 100.0, 190.0])
 
 
 @torch.no_grad()
 def record(recipe: RLRecipe, agent: Agent, path: Path, seed: int) -> bool:
-    """Write a GIF of an evaluation episode.
+    """Write an evaluation episode as a GIF or MP4.
 
     Below the board stands a strip for each layer, first layer on top, time from left to right: orange where it reads
     from KV memory, blue where it reads from FW memory. Models without a gate have no strips.
 
     Args:
         recipe, agent: of the run; the agent in evaluation mode.
-        path: of the file.
+        path: of the file, which ends in .gif or .mp4.
         seed: of the episode.
 
     Returns:
         whether the agent chose the right door.
 
     Raises:
-        ImportError: pillow is missing.
+        ValueError, ImportError: as :func:`hqlt.rl.film.check_film`.
     """
-    try:
-        from PIL import Image
-    except ModuleNotFoundError as error:
-        raise ImportError("a video needs pillow: pip install 'hqlt[rl]'") from error
-    env = make_world(recipe, 1, door_layout(recipe, OTHER_LAYOUT), "rgb_array")
+    env = make_world(recipe, 1, door_layout(recipe, OTHER_LAYOUT))
     episode = roll_out(env, agent, seed, greedy=True)
     env.reset(seed=seed)
-    frames = [env.render()]
+    boards = list(env.images())
     for action in episode.actions[0]:
         env.step(np.array([action]))
-        frames.append(env.render())
+        boards += env.images()
     strips = gate_strips(agent, episode.symbols)
-    pictures = [
-        Image.fromarray(np.concatenate([frame[0], _until(strips, t, len(frames))]))
-        for t, frame in enumerate(frames)
-        if frame is not None
-    ]
-    with atomic(path) as temporary:
-        pictures[0].save(temporary, "GIF", save_all=True, append_images=pictures[1:], duration=MILLISECONDS, loop=0)
+    write_film(path, [np.concatenate([board, _until(strips, t, len(boards))]) for t, board in enumerate(boards)])
     return bool(episode.success[0])
 
 

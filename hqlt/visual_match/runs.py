@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import partial
-from itertools import takewhile
+from itertools import permutations, takewhile
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -65,6 +67,7 @@ def _run(name: str, model: str, recipe: RLRecipe, device: str, folder: Path, pos
             "metric": METRIC,
             "seed": recipe.seed,
             **_test(recipe, agent),
+            **_other_doors(recipe, agent),
             "curve": [[row["env_steps"], _percent(row["success"]), round(row["return"], 3)] for row in rows],
             "solved": solved and {"episodes": solved["step"], "seconds": _seconds(solved)},
             "config": {
@@ -97,6 +100,32 @@ def _test(recipe: RLRecipe, agent: Agent) -> Row:
         "success_without": without,
         "return": round(found["return"], 3),
     }
+
+
+def _other_doors(recipe: RLRecipe, agent: Agent) -> Row:
+    """What the order of the doors does: success (%) in the test episodes by how many stand where they did in training.
+
+    All three do in one order, one in three (whose mean is taken), none in two. ``doors_kept`` is how many do in the
+    orders that training and evaluation drew. An agent that never had one order of its own has neither.
+    """
+    from hqlt.rl.environments.boards import COLOURS
+    from hqlt.rl.rollout import roll_out
+    from hqlt.rl.training import LAYOUT, OTHER_LAYOUT, TEST, derived_seed, door_layout, make_world
+
+    trained, evaluated = (door_layout(recipe, use) for use in (LAYOUT, OTHER_LAYOUT))
+    if isinstance(trained, str):
+        return {"success_by_doors": {}, "doors_kept": None}
+    found: dict[str, list[float]] = {"3": [], "1": [], "0": []}
+    for first, second, third in permutations(COLOURS):
+        env = make_world(recipe, TEST_EPISODES, (first, second, third))
+        played = roll_out(env, agent, derived_seed(recipe.seed, TEST), greedy=True)
+        found[str(_kept(trained, (first, second, third)))].append(_percent(played.success.mean()))
+    by_doors = {kept: round(mean(values), 2) for kept, values in found.items()}
+    return {"success_by_doors": by_doors, "doors_kept": _kept(trained, evaluated)}
+
+
+def _kept(doors: Iterable[str], others: Iterable[str]) -> int:
+    return sum(a == b for a, b in zip(doors, others, strict=True))
 
 
 def _solved(rows: list[Row]) -> Row | None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from hqlt.analysis.report import Band, plot_bands
 from hqlt.recipes.reinforcement_learning import MEMORIES, VISUAL_MATCH
 from hqlt.results import Row, Summary, bootstrap, markdown_table
+from hqlt.rl.config import DOOR_LAYOUTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DOOR_LAYOUTS = ("shared", "per_env", "per_episode")
 OWN = ("door_layout", "window", "parameters")
 """Of a row's configuration, what may differ in a table."""
 LESIONS = ("kv", "fw")
@@ -48,11 +48,14 @@ def _order(row: Row) -> tuple[object, ...]:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """A table of every recipe that has rows."""
+    """A table of every recipe that has rows, and one (``doors``) of what the order of the doors does to success."""
     lines = defaultdict(list)
     for (task, layout, model), found in _cells(rows).items():
         lines[task].append({"doors": layout, "model": model, **_shown(found)})
-    return {task: markdown_table(of) for task, of in lines.items()}
+        moved = [row for row in found if row.get("success_by_doors")]
+        if moved:
+            lines["doors"].append({"task": task, "doors": layout, "model": model, **_moved(moved)})
+    return {name: markdown_table(of) for name, of in lines.items()}
 
 
 def live_table(rows: list[Row]) -> str:
@@ -85,6 +88,20 @@ def _shown(found: list[Row]) -> dict[str, str]:
         "minutes to 95 %": f"{median(row['seconds'] for row in solved) / 60:.1f}" if solved else "–",
         "minutes": f"{median(row['seconds'] for row in found) / 60:.1f}",
         "parameters": f"{config['parameters']:,}",
+    }
+
+
+def _moved(found: list[Row]) -> dict[str, str]:
+    """Success by how many doors stand where they did in training, and of every seed with the doors that it drew."""
+    by_doors = {
+        name: f"{Summary.of([row['success_by_doors'][kept] for row in found])}"
+        for name, kept in (("all as in training", "3"), ("one as in training", "1"), ("none as in training", "0"))
+    }
+    drawn = sorted(((row["doors_kept"], row["value"]) for row in found), reverse=True)
+    return {
+        **by_doors,
+        "seeds": str(len(found)),
+        "doors kept: success of each seed": ", ".join(f"{kept}: {value:.1f}" for kept, value in drawn),
     }
 
 

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,31 @@ def test_a_row_tells_what_the_agent_that_was_saved_does(monkeypatch):
         )
 
 
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("layout", ["shared", "per_env", "per_episode"])
+def test_a_row_tells_what_other_orders_of_the_doors_do(monkeypatch, layout):
+    grid = ("--recipes", "visual_match_15", "--models", "lstm", "--door-layouts", layout, "--seeds", 1)
+    assert call(monkeypatch, "run", *grid, "--output", "runs") == 0
+    (row,) = finished_rows(Path("runs"))
+    if layout == "per_episode":
+        assert (row["success_by_doors"], row["doors_kept"]) == ({}, None)
+        assert row["value"] == row["success_per_episode"]
+        return
+    recipe = recipes.visual_match("visual_match_15", "lstm").changed(door_layout=layout, seed=1)
+    agent = training.load_agent(Path(f"runs/visual_match_15-lstm-{layout}-1"), recipe)
+    trained, tested = (np.array(training.door_layout(recipe, use)) for use in (training.LAYOUT, training.OTHER_LAYOUT))
+    assert row["doors_kept"] == (trained == tested).sum()
+    expected: dict[str, list[float]] = {"3": [], "1": [], "0": []}
+    for order in permutations(trained.tolist()):
+        env = training.make_world(recipe, TEST_EPISODES, order)
+        played = roll_out(env, agent, training.derived_seed(1, training.TEST), greedy=True)
+        expected[str((trained == order).sum())].append(100 * played.success.mean())
+        if order == tuple(tested.tolist()):
+            assert row["value"] == pytest.approx(100 * played.success.mean())
+    assert [len(x) for x in expected.values()] == [1, 3, 2]
+    assert row["success_by_doors"] == {kept: pytest.approx(np.mean(x), abs=0.01) for kept, x in expected.items()}
+
+
 def test_the_window_is_part_of_the_name_of_a_model():
     for name in ("visual_match_15", "visual_match_750"):
         plain, narrow = (recipes.visual_match(name, model) for model in ("hqlt", "hqlt_window_5"))
@@ -141,6 +167,21 @@ def test_tables_tell_median_spread_and_when_it_is_solved():
     }  # fmt: skip
     none = {"window", "without KV read", "without FW read", "episodes to 95 %", "minutes to 95 %"}
     assert {name for name, cell in lines[1].items() if cell == "–"} == none
+
+
+def test_a_table_shows_success_by_the_doors_that_stay():
+    rows = [
+        row(seed=seed, value=value, success_by_doors={"3": 100.0, "1": 40.0 + seed, "0": 0.0}, doors_kept=kept)
+        for seed, (value, kept) in enumerate(((100.0, 3), (41.0, 1), (0.0, 0), (39.0, 1)))
+    ]
+    assert "doors" not in tables([row()])
+    head, _, line = tables([*rows, row(seed=9)])["doors"].splitlines()
+    found = dict(zip(*([c.strip() for c in x.strip("|").split("|")] for x in (head, line)), strict=True))
+    assert found == {
+        "task": "visual_match_15", "doors": "shared", "model": "hqlt_window_4", "all as in training": "100.0 ± 0.0",
+        "one as in training": "41.5 ± 1.0", "none as in training": "0.0 ± 0.0", "seeds": "4",
+        "doors kept: success of each seed": "3: 100.0, 1: 41.0, 1: 39.0, 0: 0.0",
+    }  # fmt: skip
 
 
 def test_success_that_is_lost_again_is_not_held():

@@ -136,6 +136,13 @@ def test_door_layouts_of_training_and_evaluation():
         (lambda: SACConfig(entropy_weight=0.0), "entropy_weight=0.0 must be positive"),
         (lambda: SACConfig(clip=-1.0), "clip=-1.0 must be positive, or None"),
         (lambda: WorldConfig(door_layout="same"), "door_layout='same' is unknown"),
+        (
+            lambda: WorldConfig(door_layout=("red", "red", "blue")),
+            "choose shared, per_env, per_episode, or red, green,",
+        ),
+        (lambda: TINY.changed(distractor_steps=0), "distractor_steps=0 must be at least 1"),
+        (lambda: TINY.changed(respawn_every=2.5), "respawn_every=2.5 must be an int, not float"),
+        (lambda: WorldConfig(final_reward=float("inf")), "final_reward=inf must be finite"),
         (lambda: AgentConfig(memory=None), "memory must be a ModelConfig or an LSTMConfig"),
         (lambda: AgentConfig(memory=LSTMConfig(), head_sizes=()), "head_sizes=()"),
         (lambda: LSTMConfig(dropout=1.0), "dropout=1.0 must lie in"),
@@ -176,6 +183,19 @@ def test_the_command_trains_goes_on_and_films(tmp_path, capsys, monkeypatch):
     with Image.open("film.gif") as film:
         assert film.n_frames == 46
         assert film.size == (176, 112 + 2 * 14)
+    assert main([*command[:-1], "film.mp4"]) == 0  # of the finished run
+    capsys.readouterr()
+    import av
+
+    with av.open("film.mp4") as film:
+        assert sum(1 for _ in film.decode(video=0)) == 46
+    assert main([*command[:-1], "film.avi", "--seed", "9"]) == 1
+    assert "film.avi is neither a .gif nor an .mp4" in capsys.readouterr().err
+    assert not Path("runs/rl/visual_match_15-hqlt-9").exists()
+    assert main([*command, "--door-layout", "blue,red,red"]) == 1
+    assert "door_layout=('blue', 'red', 'red') is unknown" in capsys.readouterr().err
+    assert main([*command, "--door-layout", "blue,red,green", "--clip", "1"]) == 1
+    assert "door_layout" in capsys.readouterr().err  # of a folder that has another
     assert main([*command, "--stateless-rollouts"]) == 1
     assert "differs in stateless_rollouts (False, now True)" in capsys.readouterr().err
     assert main(["train", "rl", "visual_match_15", "--model", "gru"]) == 1

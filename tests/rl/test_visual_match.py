@@ -224,7 +224,7 @@ def test_a_frame_shows_board_view_and_agent():
         ({"door_layout": ("red", "red", "blue")}, "must have red, green, blue, each once"),
         ({"end_on_door": 1}, "end_on_door=1 must be True or False"),
         ({"autoreset_mode": "SameStep"}, "autoreset_mode='SameStep' is not available"),
-        ({"render_mode": "human"}, "render_mode='human' is unknown"),
+        ({"render_mode": "ansi"}, "render_mode='ansi' is unknown; choose None or 'human' or 'rgb_array'"),
     ],
 )
 def test_impossible_environments_are_refused(options, message):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,9 +16,12 @@ from hqlt.rl.environments.boards import (
     APPLE_ROWS,
     CENTRE,
     CODE,
+    MARGIN,
     MOVES,
+    SIGHT,
     SIZE,
     SOLID,
+    STRIDE,
     VIEW,
     WINDOW,
     Cells,
@@ -27,7 +30,7 @@ from hqlt.rl.environments.boards import (
     cell,
 )
 from hqlt.rl.environments.options import check_integer, check_number, checked_actions, chosen, fitting, reset_mask
-from hqlt.rl.environments.rendering import draw
+from hqlt.rl.environments.rendering import Image, RenderedVectorEnv, board_symbols, picture
 
 Array = NDArray[Any]
 EXPLORE, COLLECT, DECIDE = range(3)
@@ -35,7 +38,7 @@ APPLES = 10
 NOWHERE = 0
 
 
-class PhasedVectorEnv(VectorEnv[Array, Array, Array]):
+class PhasedVectorEnv(RenderedVectorEnv):
     """Environments side by side, each with a board of 7 × 11 cells of which the agent sees 5 × 5.
 
     Observations are uint8 [N, 3, 5, 5]: the cells around the agent, which stands in the middle. Actions are 0 north,
@@ -54,7 +57,6 @@ class PhasedVectorEnv(VectorEnv[Array, Array, Array]):
 
     explore: ClassVar[Cells]
     decide: ClassVar[Cells]
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8}  # noqa: RUF012 - as Gymnasium has it
 
     def __init__(
         self,
@@ -76,10 +78,11 @@ class PhasedVectorEnv(VectorEnv[Array, Array, Array]):
             respawn_every: frames that an eaten apple is away; 0: for good.
             final_reward: of the right decision.
             autoreset_mode: ``NextStep`` or ``Disabled`` of Gymnasium.
-            render_mode: None or ``rgb_array``.
+            render_mode: None, ``rgb_array`` or ``human``.
 
         Raises:
             TypeError, ValueError: sizes that are no positive integers, unknown modes.
+            ImportError: ``human`` without pygame.
         """
         durations = {"explore_steps": explore_steps, "distractor_steps": distractor_steps, "reward_steps": reward_steps}
         for name, value in {"num_envs": num_envs, **durations}.items():
@@ -87,9 +90,8 @@ class PhasedVectorEnv(VectorEnv[Array, Array, Array]):
         check_integer("respawn_every", respawn_every, 0)
         check_number("final_reward", final_reward)
         self._mode = chosen(autoreset_mode, (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED))
-        if render_mode not in (None, "rgb_array"):
-            raise ValueError(f"render_mode={render_mode!r} is unknown; choose None or 'rgb_array'")
-        self.num_envs, self.render_mode, self.final_reward = num_envs, render_mode, float(final_reward)
+        self._choose_rendering(render_mode)
+        self.num_envs, self.final_reward = num_envs, float(final_reward)
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
         self.single_observation_space = spaces.Box(0, 255, (3, VIEW, VIEW), np.uint8)
         self.single_action_space = spaces.Discrete(4)
@@ -133,6 +135,7 @@ class PhasedVectorEnv(VectorEnv[Array, Array, Array]):
         self._draw_world(seed is not None or not self._begun)
         self._begun = True
         self._begin(np.flatnonzero(mask), options)
+        self._show()
         return self._observe(), {}
 
     def step(self, actions: ArrayLike) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
@@ -170,17 +173,18 @@ class PhasedVectorEnv(VectorEnv[Array, Array, Array]):
         if over is not None and self._mode is AutoresetMode.NEXT_STEP:
             self._begin(np.flatnonzero(over), {})
             terminated &= ~over
+        self._show()
         return self._observe(), rewards, terminated, np.zeros(self.num_envs, bool), infos
 
     def symbols(self) -> NDArray[np.uint8]:
         """The present view in compact form, uint8 [N, 25]: ``PALETTE[symbols]`` has its colours."""
         return self._view()[..., 3].reshape(self.num_envs, -1).copy()
 
-    def render(self) -> tuple[NDArray[np.uint8], ...] | None:
-        """Every board as an image with the agent's view marked, uint8 [height, width, 3]; None without a mode."""
-        if self.render_mode is None:
-            return None
-        return tuple(draw(*pair) for pair in zip(self._boards, self._position - self._origin, strict=True))
+    def images(self) -> tuple[Image, ...]:
+        """Every board, uint8 [112, 176, 3]."""
+        rows, columns = np.divmod(self._position - self._origin, STRIDE) - np.array(MARGIN)
+        places = zip(self._boards, rows.tolist(), columns.tolist(), strict=True)
+        return tuple(picture(board_symbols(cells), row, column, SIGHT) for cells, row, column in places)
 
     # What a world decides.
 

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
+
+from hqlt.rl.environments.rendering import RENDERING, RenderedVectorEnv
 
 Array = NDArray[Any]
 
@@ -18,8 +20,8 @@ class SingleEnv(gymnasium.Env[Array, int]):
     ``info["success"]`` comes with the last step of an episode.
     """
 
-    vector: ClassVar[type[VectorEnv[Array, Array, Array]]]
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 8}  # noqa: RUF012 - as Gymnasium has it
+    vector: ClassVar[type[RenderedVectorEnv]]
+    metadata: dict[str, Any] = RENDERING
 
     def __init__(self, *, render_mode: str | None = None, **options: Any) -> None:
         for name in ("num_envs", "autoreset_mode"):
@@ -47,6 +49,10 @@ class SingleEnv(gymnasium.Env[Array, int]):
         return observation, float(rewards[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def render(self) -> NDArray[np.uint8] | None:
-        """The board as an image, uint8 [height, width, 3]; None without a mode."""
+        """The environment as an image, uint8 [height, width, 3], in the mode ``rgb_array``; else None."""
         frames = self.environment.render()
-        return None if frames is None else frames[0]  # type: ignore[return-value]
+        return None if frames is None else frames[0]
+
+    def close(self) -> None:
+        """Close the window, if there is one."""
+        self.environment.close()

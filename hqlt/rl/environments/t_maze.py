@@ -7,18 +7,20 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from gymnasium.error import ResetNeeded
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
+from hqlt.rl.environments.boards import Symbol
 from hqlt.rl.environments.options import check_flag, check_integer, check_number, checked_actions, chosen, fitting
+from hqlt.rl.environments.rendering import Image, RenderedVectorEnv, picture
 from hqlt.rl.environments.single import SingleEnv
 
 Array = NDArray[Any]
 _ALONG, _ACROSS = np.array([1, 0, -1, 0]), np.array([0, 1, 0, -1])
 
 
-class TMazeVectorEnv(VectorEnv[Array, Array, Array]):
+class TMazeVectorEnv(RenderedVectorEnv):
     """Passive or active T-maze, N episodes side by side.
 
     The signal at the oracle, x = 0, shows the side of the goal, +1 or −1, at the first visit. The passive agent starts
@@ -34,8 +36,6 @@ class TMazeVectorEnv(VectorEnv[Array, Array, Array]):
     Source: Ni et al. (2023), after Bakker (2001).
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "render_fps": 8}  # noqa: RUF012 - as Gymnasium has it
-
     def __init__(
         self,
         num_envs: int = 1,
@@ -44,7 +44,7 @@ class TMazeVectorEnv(VectorEnv[Array, Array, Array]):
         *,
         active: bool = False,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
-        render_mode: None = None,
+        render_mode: str | None = None,
     ) -> None:
         """Prepare environments.
 
@@ -54,20 +54,20 @@ class TMazeVectorEnv(VectorEnv[Array, Array, Array]):
             goal_reward: of the right turn.
             active: whether the agent has to go and see the signal.
             autoreset_mode: ``NextStep`` or ``Disabled`` of Gymnasium.
-            render_mode: None; there is nothing to see.
+            render_mode: None, ``rgb_array`` or ``human``.
 
         Raises:
             TypeError, ValueError: sizes that are no positive integers, unknown modes.
+            ImportError: ``human`` without pygame.
         """
         check_integer("num_envs", num_envs, 1)
         check_integer("corridor_length", corridor_length, 1)
         check_number("goal_reward", goal_reward)
         check_flag("active", active)
-        if render_mode is not None:
-            raise ValueError(f"render_mode={render_mode!r} is unknown; a T-maze has no images")
+        self._choose_rendering(render_mode)
         self._mode = chosen(autoreset_mode, (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED))
         self.metadata = {**self.metadata, "autoreset_mode": self._mode}
-        self.num_envs, self.goal_reward, self.render_mode = num_envs, float(goal_reward), None
+        self.num_envs, self.goal_reward = num_envs, float(goal_reward)
         self._detour = int(active)
         self._end = corridor_length + self._detour
         self.episode_length = corridor_length + 2 * self._detour + 1
@@ -97,6 +97,7 @@ class TMazeVectorEnv(VectorEnv[Array, Array, Array]):
         self._y = np.zeros(self.num_envs, np.int64)
         self._informed = np.zeros(self.num_envs, bool)
         self._time = 0
+        self._show()
         return self._observe(), {}
 
     def step(self, actions: ArrayLike) -> tuple[Array, Array, Array, Array, dict[str, Any]]:
@@ -116,12 +117,24 @@ class TMazeVectorEnv(VectorEnv[Array, Array, Array]):
         x, y = self._x + _ALONG[given], self._y + _ACROSS[given]
         is_free = np.where(y == 0, (x >= 0) & (x <= self._end), (x == self._end) & (np.abs(y) == 1))
         self._x, self._y = np.where(is_free, x, self._x), np.where(is_free, y, self._y)
+        self._show()
         if self._time < self.episode_length:
             late = self._x < self._time - self._detour
             return self._observe(), late * -1.0 / (self.episode_length - 1), none, none.copy(), {}
         success = self._y == self.goal
         infos = {"success": success, "_success": ~none}
         return self._observe(), success * self.goal_reward, ~none, none, infos
+
+    def images(self) -> tuple[Image, ...]:
+        """Every maze, uint8 [48, width, 3]: side +1 above, the oracle white until it has told, the goal green."""
+        symbols = np.full((3, self._end + 1), Symbol.WALL)
+        symbols[1] = Symbol.FLOOR
+        images = []
+        for goal, informed, x, y in zip(self.goal, self._informed, self._x, self._y, strict=True):
+            symbols[1, 0] = Symbol.FLOOR if informed else Symbol.INDICATOR
+            symbols[1 - goal, -1], symbols[1 + goal, -1] = Symbol.GREEN_DOOR, Symbol.RED_DOOR
+            images.append(picture(symbols, 1 - int(y), int(x), 0))
+        return tuple(images)
 
     def _observe(self) -> NDArray[np.float32]:
         at_oracle, at_end = self._x == 0, self._x == self._end
@@ -134,4 +147,3 @@ class TMazeEnv(SingleEnv):
     """One environment of :class:`TMazeVectorEnv`, with its options."""
 
     vector = TMazeVectorEnv
-    metadata: dict[str, Any] = {"render_modes": [], "render_fps": 8}  # noqa: RUF012 - as Gymnasium has it
