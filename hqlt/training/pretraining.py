@@ -150,8 +150,8 @@ class _Run:
             packing=recipe.packing,
             seed=recipe.training.seed,
         )
-        self.model = recipe.build()
-        self.module = spread(Objective(self.model, recipe), world, engine, recipe.precision)
+        self.model = recipe.outline()
+        self.module = spread(Objective(self.model, recipe), recipe, world, engine)
         self.optimizer = make_adamw(self.module, recipe.training)
         self.snapshots = Snapshots(directory, watch.keep, world)
         self.progress: Row = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0}
