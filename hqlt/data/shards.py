@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.data.manifest import Manifest, check_sizes
+from hqlt.data.manifest import AGAIN, Manifest, check_sizes
 from hqlt.models.tokenizer import TOKENIZER, ByteTokenizer, FileTokenizer, Tokenizer
 
 MAPPED = 1024  # files that are mapped at a time; systems allow some ten thousand
@@ -71,12 +71,19 @@ class TokenShards:
 
         Raises:
             IndexError: outside the data.
+            ValueError: a damaged file, with an id outside the vocabulary.
         """
         self._check_range(start, start + count)
         out = np.empty(count, self._manifest.dtype)
         for shard, begin, end in self._pieces(start, start + count):
             offset = int(self._starts[shard])
-            out[begin - start : end - start] = self._map(shard, "tokens")[begin - offset : end - offset]
+            piece = self._map(shard, "tokens")[begin - offset : end - offset]
+            if piece.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{self._path(shard, 'tokens')} is damaged: it holds id {piece.max()} outside the vocabulary of "
+                    f"{self.vocab_size}; {AGAIN}"
+                )
+            out[begin - start : end - start] = piece
         return out
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -112,9 +119,12 @@ class TokenShards:
         if (shard, kind) not in self._maps:
             if len(self._maps) >= MAPPED:
                 self._maps.clear()
-            path = self._directory / f"{self._manifest.shards[shard].name}.{kind}"
+            path = self._path(shard, kind)
             dtype = self._manifest.dtype if kind == "tokens" else np.dtype("<i8")
             # An empty file cannot be mapped: a shard may lie within one document.
             empty = kind == "documents" and not self._manifest.shards[shard].documents
             self._maps[shard, kind] = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
         return self._maps[shard, kind]
+
+    def _path(self, shard: int, kind: str) -> Path:
+        return self._directory / f"{self._manifest.shards[shard].name}.{kind}"
