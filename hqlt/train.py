@@ -82,7 +82,7 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="rows of metrics (default: 10)")
     group.add_argument("--evaluate-rows", type=int, help="the most held-out rows of an evaluation (default: all)")
     group.add_argument("--sample-every", type=int, metavar="STEPS", help="texts that the model writes (default: none)")
-    group.add_argument("--prompt", help="of these texts (default: 'The ')")
+    group.add_argument("--prompt", help="of these texts (default: 'The '); they begin as documents do")
     group.add_argument("--peak-tflops", type=_positive, help="of a device, where it is not known (for the MFU)")
     group.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, help="write for TensorBoard (default: if installed)"
@@ -210,6 +210,8 @@ def _writer(data: TokenShards, prompt: str | None, seed: int) -> Callable[[Langu
     tokenizer = data.tokenizer()
     prompt = "The " if prompt is None else prompt
     ids = tokenizer.start + tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError(f"--prompt is empty, and nothing begins the documents of {data!r}; pass some text")
 
     def write(model: LanguageModel) -> str:
         start = torch.tensor(ids, device=model.embedding.weight.device)

@@ -135,6 +135,7 @@ def test_a_dry_run_needs_no_data_and_no_memory(name, capsys):
             "no effect without --held-out",
         ),
         (["mine.py:tiny", "--data", "tokens", "--prompt", "a"], "no effect without --sample-every"),
+        (["mine.py:tiny", "--data", "bare", "--sample-every", "2", "--prompt", ""], "--prompt is empty, and nothing"),
         (["cpu_synchronous", "--dry-run", "--devices", "3"], "batch_size=8 is no multiple of devices=3"),
         (["cpu_synchronous", "--dry-run", "--devices", "0"], "devices=0"),
         (["cpu_synchronous", "--dry-run", "--utilisation", "0"], "utilisation=0"),
@@ -142,6 +143,8 @@ def test_a_dry_run_needs_no_data_and_no_memory(name, capsys):
 )
 @pytest.mark.usefixtures("here")
 def test_bad_options_are_refused(options, message, capsys):
+    if "bare" in options:
+        assert main(["data", "prepare", "texts.jsonl", "--tokenizer", "bytes", "--start", "none", "--output", "bare"]) == 0
     assert main(["train", "lm", *options]) == 1
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()
