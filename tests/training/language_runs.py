@@ -59,6 +59,10 @@ def _train(world: World, folder: Path, output: Path, made: LanguageRecipe, how: 
     data = TokenShards.open(folder / "tokens")
     engine = Engine(**how.get("engine", {"micro_batch": 1}))
     watch = Watch(**{"log_every": 1, "save_every": 3, "tensorboard": False, **how.get("watch", {})})
+    if "compiler" in how:
+        compile_ = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda module: compile_(module, backend=how["compiler"])
+        warnings.simplefilter("ignore")  # torch names functions that it does not look into
     try:
         pretrain(made, data, data, output, world, engine, watch)
     except Interrupted:

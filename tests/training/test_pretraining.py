@@ -188,6 +188,18 @@ def test_sharded_blocks_may_compute_their_activations_again(tmp_path, folder):
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
 
 
+@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_compiled_blocks_may_be_spread(tmp_path, folder, parallel, compiler):
+    """``eager`` traces the blocks and runs what it has traced; code for the machine takes a minute to make."""
+    made = recipe(steps=4)
+    engine = {"micro_batch": 1, "parallel": parallel, "compile": True}
+    processes = start(folder, tmp_path / "two", made, 2, engine=engine, compiler=compiler)
+    assert finish(processes, 600) == [0, 0]
+    rows, one = read_metrics(tmp_path / "two" / METRICS), run(folder, tmp_path / "one", made)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
+
+
 def test_bfloat16_over_two_processes_stays_near_float32(tmp_path, folder):
     exact = run(folder, tmp_path / "one", recipe(precision="float32", learning_rate=1e-3))
     rows = run(folder, tmp_path / "two", recipe(precision="bfloat16", learning_rate=1e-3), 2)
