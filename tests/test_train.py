@@ -124,7 +124,7 @@ def test_recipes_are_listed(capsys):
     assert capsys.readouterr().out.split() == list(LANGUAGE_MODELS)
 
 
-@pytest.mark.parametrize("name", ["340m_synchronous", "1.3b_transformer", "cpu_deltanet"])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_dry_run_needs_no_data_and_no_memory(name, capsys):
     assert main(["train", "lm", name, "--dry-run", "--devices", "4", "--micro-batch", "2"]) == 0
     shown = capsys.readouterr().out

@@ -66,6 +66,18 @@ class TokenShards:
             return tokenizer
         return FileTokenizer(self._directory / TOKENIZER)
 
+    def check_tokenizer(self, other: TokenShards) -> None:
+        """The ids mean what those of other tokens mean.
+
+        Raises:
+            ValueError: they were made by different tokenizers.
+        """
+        if self._manifest.tokenizer != other._manifest.tokenizer:
+            raise ValueError(
+                f"{self!r} and {other!r} were made by different tokenizers; prepare the first again with "
+                f"--tokenizer {other._directory}"
+            )
+
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Ids at positions ``start … start + count − 1``, a copy, [count] of the data's integer type.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
-from hqlt.files import write_jsonl
+from hqlt.files import write_jsonl, write_text
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -52,7 +53,12 @@ class Journal:
             except ModuleNotFoundError as error:
                 raise ImportError("Weights & Biases is not installed: pip install wandb") from error
             self._run = library.init(
-                project=wandb, dir=str(directory), id=directory.name, resume="allow", config=config
+                project=wandb,
+                name=directory.name,
+                id=_own_id(directory / "wandb-id"),  # folders of other runs may have the same name
+                dir=str(directory),
+                resume="allow",
+                config=config,
             )
 
     def write(self, row: dict[str, Any]) -> None:
@@ -80,6 +86,13 @@ class Journal:
             self._writer.close()
         if self._run is not None:
             self._run.finish()
+
+
+def _own_id(path: Path) -> str:
+    """What a file says, or a new identifier that it will say from now on."""
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    return path.read_text(encoding="utf-8")
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -101,8 +101,8 @@ def pretrain(
 
     Raises:
         Interrupted: on request, after saving.
-        ValueError: tokens outside the model's vocabulary, a batch that the processes cannot share, a directory with a
-            run of another recipe, a damaged checkpoint.
+        ValueError: tokens outside the model's vocabulary, held-out tokens of another tokenizer, a batch that the
+            processes cannot share, a directory with a run of another recipe, a damaged checkpoint.
         OSError: a checkpoint could not be written, or another process works in the directory.
         FloatingPointError: too many gradients in a row were not finite.
     """
@@ -112,6 +112,8 @@ def pretrain(
                 f"{shards!r} have {shards.vocab_size} token ids but the model {recipe.model.vocab_size}; "
                 "choose a recipe with this vocabulary or prepare the text with another tokenizer"
             )
+    if held_out is not None:
+        held_out.check_tokenizer(data)
     with stop_requests() as stop, known_warnings():
         run = _Run(recipe, data, held_out, directory, world, engine, watch)
         with alone(directory, world):

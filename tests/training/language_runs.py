@@ -89,7 +89,7 @@ def start(
     return begin(_train, folder, output, made, how, size=size, local=local)
 
 
-def finish(processes: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+def finish(processes: list[BaseProcess], seconds: float = 600) -> list[int | None]:
     """Exit statuses."""
     end = time.monotonic() + seconds
     for process in processes:

@@ -26,7 +26,7 @@ from hqlt.training.language import LanguageRecipe
 from hqlt.training.optimizer import make_adamw, scheduled_rate
 from hqlt.training.pretraining import Watch, pretrain
 from hqlt.training.snapshots import complete
-from tests.data.corpora import documents, shards_of
+from tests.data.corpora import documents, prepared, shards_of
 from tests.training.language_runs import (
     MEMORY,
     STOPPED,
@@ -195,7 +195,7 @@ def test_compiled_blocks_may_be_spread(tmp_path, folder, parallel, compiler):
     made = recipe(steps=4)
     engine = {"micro_batch": 1, "parallel": parallel, "compile": True}
     processes = start(folder, tmp_path / "two", made, 2, engine=engine, compiler=compiler)
-    assert finish(processes, 600) == [0, 0]
+    assert finish(processes) == [0, 0]
     rows, one = read_metrics(tmp_path / "two" / METRICS), run(folder, tmp_path / "one", made)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
 
@@ -462,6 +462,11 @@ def test_what_does_not_fit_is_refused(tmp_path, data):
     small = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, vocab_size=100))
     with pytest.raises(ValueError, match="have 256 token ids but the model 100"):
         pretrain(small, data, None, tmp_path, ALONE, ONE, QUIET)
+    bytes_ = shards_of(documents(30, 60), tmp_path)
+    words = TokenShards.open(prepared(tmp_path / "texts.jsonl", tmp_path / "words", tokenizer="bpe:257"))
+    large = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, vocab_size=257))
+    with pytest.raises(ValueError, match=r"words.* and .*tokens.* different tokenizers; .* --tokenizer .*tokens"):
+        pretrain(large, bytes_, words, tmp_path, ALONE, ONE, QUIET)
     with pytest.raises(ValueError, match="length=100000 and a last target need 100001 tokens"):
         pretrain(recipe(length=100_000), data, None, tmp_path, ALONE, ONE, QUIET)
     with pytest.raises(ValueError, match="batch_size=4 rows cannot be shared by 3 processes; choose a multiple of 3"):
@@ -531,6 +536,11 @@ def test_weights_and_biases_has_the_rows_if_asked(tmp_path, data, monkeypatch):
     assert (options["project"], options["resume"], options["config"]["length"]) == ("mine", "allow", 10)
     assert told == [(row["step"], {name: x for name, x in row.items() if name != "step"}) for row in rows]
     assert last[0] == "finished"
+    pretrain(recipe(steps=3), data, None, tmp_path, ALONE, ONE, watch)
+    pretrain(recipe(steps=3), data, None, tmp_path / "other" / tmp_path.name, ALONE, ONE, watch)
+    begun = [(options["name"], options["id"]) for what, options in seen if what == "began"]
+    assert {name for name, _ in begun} == {tmp_path.name}
+    assert begun[0] == begun[1] != begun[2]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="Weights & Biases is not installed: pip install wandb"):
         pretrain(recipe(steps=3), data, None, tmp_path / "other", ALONE, ONE, watch)
