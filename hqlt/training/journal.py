@@ -62,7 +62,11 @@ class Journal:
             )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row; its numbers become curves over ``step``."""
+        """Add a row; its numbers become curves over ``step``.
+
+        Raises:
+            OSError: the disk is full, or the like.
+        """
         # JSON knows no infinity and no NaN.
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         self.rows.append(row)
@@ -96,8 +100,12 @@ def _own_id(path: Path) -> str:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        why = f"{error.strerror}; the same command goes on from the last checkpoint"
+        raise OSError(error.errno, why, str(path)) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

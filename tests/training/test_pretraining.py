@@ -18,7 +18,7 @@ from hqlt import LanguageModel, load_model
 from hqlt.data import Loader, TokenShards, rows_for_evaluation
 from hqlt.files import sole_user
 from hqlt.stopping import Interrupted
-from hqlt.training import pretraining, snapshots
+from hqlt.training import journal, pretraining, snapshots
 from hqlt.training.distributed import Engine, World, known_warnings
 from hqlt.training.export import export_run
 from hqlt.training.journal import METRICS, SAMPLES, read_metrics
@@ -445,6 +445,22 @@ def test_a_full_disk_loses_nothing(tmp_path, data, monkeypatch):
     assert [path.name for path in complete(tmp_path)] == ["step-00000003"]
     rows = pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
     assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
+
+
+def test_a_disk_that_is_too_full_for_a_row_loses_nothing(tmp_path, data, monkeypatch):
+    append, written = journal._append, []
+
+    def write(path, row):
+        written.append(row)
+        append(Path("/dev/full") if len(written) == 5 else path, row)
+
+    monkeypatch.setattr(journal, "_append", write)
+    with pytest.raises(OSError, match=r"No space left on device; the same command goes on .*/dev/full"):
+        pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000003"]
+    rows = pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
+    assert read_metrics(tmp_path / METRICS) == rows
 
 
 @pytest.mark.parametrize(("changes", "message"), [
