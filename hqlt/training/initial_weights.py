@@ -25,7 +25,7 @@ def materialise(objective: Objective, recipe: LanguageRecipe, device: torch.devi
         device: of this process.
     """
     torch.manual_seed(recipe.training.seed)
-    with _WholeOnHost():
+    with _WholeOnHost():  # type: ignore[no-untyped-call]  # the constructor is that of torch
         with torch.device("meta"):
             _Constructed(recipe.model)
         objective.to_empty(device=device)
