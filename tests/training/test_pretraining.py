@@ -188,8 +188,12 @@ def test_sharded_blocks_may_compute_their_activations_again(tmp_path, folder):
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
 
 
-@pytest.mark.parametrize("compiler", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+@pytest.mark.parametrize(("parallel", "compiler"), [
+    ("fsdp", "eager"),
+    pytest.param("ddp", "eager", marks=pytest.mark.slow),
+    pytest.param("fsdp", "inductor", marks=pytest.mark.slow),
+    pytest.param("ddp", "inductor", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_compiled_blocks_may_be_spread(tmp_path, folder, parallel, compiler):
     """``eager`` traces the blocks and runs what it has traced; code for the machine takes a minute to make."""
     made = recipe(steps=4)
