@@ -73,7 +73,11 @@ def _add_speech(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Print a prompt and what the model makes of it, token by token. The folder of the model holds "
         "config.json and model.safetensors, and tokenizer.json unless it reads bytes.",
     )
-    generate.add_argument("--prompt", help="text to continue (default: standard input)")
+    generate.add_argument(
+        "--prompt",
+        help="text to continue (default: standard input); an empty one begins a text, if the tokenizer has a token "
+        "for that",
+    )
     generate.add_argument("--stats", action="store_true", help="speed and size of the memories, on standard error")
     generate.add_argument("--save-state", type=Path, metavar="FILE", help="write the memories at the end")
     generate.set_defaults(run=_generate)

@@ -26,6 +26,10 @@ HELP = """Type a text, and the model goes on from it. It keeps what was said in 
 
 MOST_TURNS = 100  # that can be taken back
 SMALL = 5_000_000  # weights
+NO_START = (
+    ", and this model has no token that begins a text; pass some text (to a model of bytes that `hqlt data prepare` "
+    "began with byte 0, that byte: printf '\\0' | hqlt generate --model …)"
+)
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,15 @@ class Speaker:
         self.text = Continuation(self.model, state, self.decoder)
 
     def read(self, text: str) -> None:
-        """Read a text."""
-        new = self.tokenizer.encode(text)
+        """Read a text; an empty one begins a text where the tokenizer has a token for that.
+
+        Raises:
+            ValueError: an empty one, and it has none or the text has begun.
+        """
+        begins = self.text.state is None
+        new = self.tokenizer.start * begins + self.tokenizer.encode(text)
         if not new:
-            raise ValueError("the prompt is empty; pass some text")
-        if self.text.state is None:
-            new = self.tokenizer.start + new
+            raise ValueError("the prompt is empty" + (NO_START if begins else "; pass some text"))
         self._said, ids = new, torch.tensor(new, dtype=torch.long)
         begin = time.perf_counter()
         self.text.read(ids)

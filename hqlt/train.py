@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Of a recipe, that an option may change.
 CHANGES = ("steps", "learning_rate", "batch_size", "length", "packing", "precision", "seed", "evaluate_every")
 SAMPLE_TOKENS = 200
+MACHINE = 8  # devices, for the dry run of HSDP
 
 
 def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,7 +47,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument(
         "--dry-run", action="store_true", help="print what the run takes, without data and without allocating"
     )
-    command.add_argument("--devices", type=int, help="dry run: how many (default: 1)")
+    command.add_argument("--devices", type=int, help="dry run: how many, eight to a machine (default: 1)")
     command.add_argument("--utilisation", type=float, help="dry run: share of their peak (default: 0.3)")
     command.set_defaults(run=train_lm)
     add_rl(kinds)
@@ -82,7 +83,7 @@ def _add_watch(command: argparse.ArgumentParser) -> None:
     group.add_argument("--log-every", type=int, default=10, metavar="STEPS", help="rows of metrics (default: 10)")
     group.add_argument("--evaluate-rows", type=int, help="the most held-out rows of an evaluation (default: all)")
     group.add_argument("--sample-every", type=int, metavar="STEPS", help="texts that the model writes (default: none)")
-    group.add_argument("--prompt", help="of these texts (default: 'The ')")
+    group.add_argument("--prompt", help="of these texts (default: 'The '); they begin as documents do")
     group.add_argument("--peak-tflops", type=_positive, help="of a device, where it is not known (for the MFU)")
     group.add_argument(
         "--tensorboard", action=argparse.BooleanOptionalAction, help="write for TensorBoard (default: if installed)"
@@ -140,14 +141,18 @@ def _recipe(options: argparse.Namespace, vocab_size: int | None) -> LanguageReci
 def _plan(options: argparse.Namespace) -> str:
     from hqlt.analysis.plan import UTILISATION, plan
     from hqlt.data.shards import TokenShards
+    from hqlt.training.distributed import Engine
 
     recipe = _recipe(options, None if options.data is None else TokenShards.open(options.data).vocab_size)
+    devices = 1 if options.devices is None else options.devices
+    parallel = Engine(parallel=options.parallel).parallel
     made = plan(
         recipe.model,
         steps=recipe.training.steps,
         batch_size=recipe.batch_size,
         length=recipe.length,
-        devices=1 if options.devices is None else options.devices,
+        devices=devices,
+        shards={"ddp": 1, "hsdp": min(devices, MACHINE)}.get(parallel),
         micro_batch=options.micro_batch,
         activation_checkpointing=options.activation_checkpointing,
         utilisation=UTILISATION if options.utilisation is None else options.utilisation,
@@ -210,6 +215,8 @@ def _writer(data: TokenShards, prompt: str | None, seed: int) -> Callable[[Langu
     tokenizer = data.tokenizer()
     prompt = "The " if prompt is None else prompt
     ids = tokenizer.start + tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError(f"--prompt is empty, and nothing begins the documents of {data!r}; pass some text")
 
     def write(model: LanguageModel) -> str:
         start = torch.tensor(ids, device=model.embedding.weight.device)

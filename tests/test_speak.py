@@ -87,7 +87,7 @@ def test_generate_reads_standard_input(tmp_path, capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["generate", "--model", "nowhere", "--prompt", "x"], "nowhere holds no config.json"),
-        (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--model", "m", "--prompt", ""], "the prompt is empty, and this model has no token that begins"),
         (["generate", "--model", "m", "--prompt", "x", "--temperature", "-1"], "temperature=-1.0 must be finite"),
         (["generate", "--model", "m", "--prompt", "x", "--top-p", "0"], "top_p=0.0 in (0, 1]"),
         (["generate", "--model", "m", "--prompt", "x", "--state", "none"], "there is no hqlt state at none"),
@@ -372,7 +372,7 @@ def test_a_tokenizer_beside_the_model(tmp_path, capsys):
         load_tokenizer(tmp_path / "m", 300)
 
 
-def test_a_tokenizer_with_borders_and_spaces_of_words(tmp_path):
+def test_a_tokenizer_with_borders_and_spaces_of_words(tmp_path, capsys):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     words = {"<s>": 0, "</s>": 1, "▁the": 2, "▁memory": 3, "▁of": 4, "?": 5}
@@ -386,6 +386,14 @@ def test_a_tokenizer_with_borders_and_spaces_of_words(tmp_path):
     assert tokenizer.start == [0]
     assert tokenizer.encode("the memory") == [2, 3]
     assert "".join(map(tokenizer.stream([2, 3]), [4, 2])) == " of the"
+    model = make(tmp_path, vocab_size=6)
+    state = str(tmp_path / "state")
+    options = ["generate", "--model", str(tmp_path), "--prompt", "", "--seed", "3"]
+    assert main([*options, "--save-state", state]) == 0
+    written = generate(model, torch.tensor([0]), 200, temperature=0.8, top_p=0.95, seed=3)
+    assert capsys.readouterr().out == "".join(map(tokenizer.stream([0]), written)) + "\n"
+    assert main([*options, "--state", state]) == 1
+    assert "the prompt is empty; pass some text" in capsys.readouterr().err
 
 
 def test_bytes_become_text_when_they_are_complete():

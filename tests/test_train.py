@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 from hqlt import load_model
 from hqlt.cli import main
 from hqlt.recipes.language_model import LANGUAGE_MODELS
+from hqlt.training.journal import read_metrics
 from hqlt.training.snapshots import complete
 from tests.data.corpora import documents, shards_of
 
@@ -100,18 +103,40 @@ def test_two_processes_of_torchrun(here):
     assert losses[1] == pytest.approx(losses[0], abs=1e-9)
 
 
+def test_a_request_to_stop_saves_and_exits_with_0(here):
+    command = [sys.executable, "-m", "hqlt", "train", "lm", "mine.py:tiny", "--data", "tokens", "--device", "cpu"]
+    command += ["--steps", "1000000", "--save-every", "1000000", "--log-every", "1", "--no-tensorboard"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    with subprocess.Popen([*command, "--output", "out"], stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while process.poll() is None and len(read_metrics(Path("out/metrics.jsonl"))) < 3:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate()[1]
+    (saved,) = complete(Path("out"))
+    assert process.returncode == 0, errors
+    assert int(saved.name[5:]) == read_metrics(Path("out/metrics.jsonl"))[-1]["step"] >= 3
+    assert f"stopped at step {int(saved.name[5:])} of 1000000; run the same command to go on" in errors
+    assert "Traceback" not in errors
+
+
 def test_recipes_are_listed(capsys):
     assert main(["train", "lm"]) == 0
     assert capsys.readouterr().out.split() == list(LANGUAGE_MODELS)
 
 
-@pytest.mark.parametrize("name", ["340m_synchronous", "1.3b_transformer", "cpu_deltanet"])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 def test_a_dry_run_needs_no_data_and_no_memory(name, capsys):
     assert main(["train", "lm", name, "--dry-run", "--devices", "4", "--micro-batch", "2"]) == 0
     shown = capsys.readouterr().out
     assert {"parameters", "tokens", "memory per device", "4 × H100-SXM", "4 × H200"} <= {
         line.split("  ")[0] for line in shown.splitlines()
     }
+
+
+@pytest.mark.parametrize(("parallel", "replicas"), [("fsdp", 0), ("hsdp", 2), ("ddp", 16)])
+def test_a_dry_run_counts_replicas(parallel, replicas, capsys):
+    assert main(["train", "lm", "340m_synchronous", "--dry-run", "--devices", "16", "--parallel", parallel]) == 0
+    assert (f"estimated; {replicas} replicas" if replicas else "estimated\n") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -135,13 +160,19 @@ def test_a_dry_run_needs_no_data_and_no_memory(name, capsys):
             "no effect without --held-out",
         ),
         (["mine.py:tiny", "--data", "tokens", "--prompt", "a"], "no effect without --sample-every"),
+        (["mine.py:tiny", "--data", "bare", "--sample-every", "2", "--prompt", ""], "--prompt is empty, and nothing"),
         (["cpu_synchronous", "--dry-run", "--devices", "3"], "batch_size=8 is no multiple of devices=3"),
         (["cpu_synchronous", "--dry-run", "--devices", "0"], "devices=0"),
+        (["cpu_synchronous", "--dry-run", "--parallel", "tp"], "parallel='tp' is unknown"),
         (["cpu_synchronous", "--dry-run", "--utilisation", "0"], "utilisation=0"),
     ],
 )
 @pytest.mark.usefixtures("here")
 def test_bad_options_are_refused(options, message, capsys):
+    if "bare" in options:
+        assert (
+            main(["data", "prepare", "texts.jsonl", "--tokenizer", "bytes", "--start", "none", "--output", "bare"]) == 0
+        )
     assert main(["train", "lm", *options]) == 1
     assert message in capsys.readouterr().err
     assert not Path("runs").exists()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from hqlt.analysis.cost import Flops, ParameterCounts, check_positive, parameter_counts, training_flops
 from hqlt.analysis.devices import H100, H200, Device, check_utilisation
@@ -26,6 +26,7 @@ class Plan:
         micro_batch: sequences that a device works on at a time.
         length: tokens of a sequence.
         devices: N.
+        shards: devices that share weights, gradients and moments among them.
         utilisation: assumed share of the devices' peak.
     """
 
@@ -37,6 +38,7 @@ class Plan:
     micro_batch: int
     length: int
     devices: int
+    shards: int
     utilisation: float
 
     @property
@@ -67,6 +69,7 @@ class Plan:
         """The plan as lines of two aligned columns; times are those of H100 and H200."""
         count, memory = self.parameters, self.memory
         shared = f"{self.devices} × {self.micro_batch} × {self.accumulation}"
+        replicas = "" if self.shards == self.devices else f"; {self.devices // self.shards} replicas of the model"
         rows = [
             ("parameters", f"{count.total:,}, {count.non_embedding:,} without embedding and head"),
             ("tokens", f"{self.tokens:,} in {self.steps:,} steps of {self.tokens_per_step:,}"),
@@ -74,7 +77,7 @@ class Plan:
             ("", f"{shared} (devices × micro-batch × accumulation)"),
             ("FLOPs per token", f"{self.flops.total:.4g}: {_shares(self.flops)}"),
             ("FLOPs", f"{self.total_flops:.4g}"),
-            ("memory per device", f"{_gigabytes(memory.total)}, estimated"),
+            ("memory per device", f"{_gigabytes(memory.total)}, estimated{replicas}"),
             *((f"  {name}", _gigabytes(part)) for name, part in asdict(memory).items()),
             *((f"{self.devices} × {device.name}", self._verdict(device)) for device in (H100, H200)),
         ]
@@ -95,26 +98,37 @@ def plan(
     length: int,
     micro_batch: int,
     devices: int = 1,
+    shards: int | None = None,
     activation_checkpointing: bool = False,
     utilisation: float = UTILISATION,
 ) -> Plan:
     """Plan a training run; see :class:`Plan` for the arguments and :func:`training_seconds` for the utilisation.
 
+    Args:
+        shards: by default all devices, as with FSDP; 1 with DDP, those of a machine with HSDP.
+
     Raises:
-        ValueError: a count below 1, a utilisation outside (0, 1], or a batch that the devices do not share evenly.
+        ValueError: a count below 1, a utilisation outside (0, 1], or a batch that the devices, or devices that the
+            shards do not share evenly.
     """
+    shards = devices if shards is None else shards
     check_positive(steps=steps, batch_size=batch_size, length=length, micro_batch=micro_batch, devices=devices)
+    check_positive(shards=shards)
     if batch_size % devices:
         raise ValueError(f"batch_size={batch_size} is no multiple of devices={devices}; change one of them")
+    if devices % shards:
+        raise ValueError(f"devices={devices} are no multiple of shards={shards}; change one of them")
     micro_batch = min(micro_batch, batch_size // devices)
     check_utilisation(utilisation)
     memory = training_bytes(
         config,
         micro_batch,
         length,
-        devices=devices,
+        devices=shards,
         activation_checkpointing=activation_checkpointing,
     )
+    if shards == 1 < devices:  # DDP holds gradients in its buckets too
+        memory = replace(memory, gradients=2 * memory.gradients)
     return Plan(
         parameters=parameter_counts(config),
         flops=training_flops(config, length, activation_checkpointing=activation_checkpointing),
@@ -124,6 +138,7 @@ def plan(
         micro_batch=micro_batch,
         length=length,
         devices=devices,
+        shards=shards,
         utilisation=utilisation,
     )
 

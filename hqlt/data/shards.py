@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hqlt.data.manifest import Manifest, check_sizes
+from hqlt.data.manifest import AGAIN, Manifest, check_sizes
 from hqlt.models.tokenizer import TOKENIZER, ByteTokenizer, FileTokenizer, Tokenizer
 
 MAPPED = 1024  # files that are mapped at a time; systems allow some ten thousand
@@ -66,17 +66,36 @@ class TokenShards:
             return tokenizer
         return FileTokenizer(self._directory / TOKENIZER)
 
+    def check_tokenizer(self, other: TokenShards) -> None:
+        """The ids mean what those of other tokens mean.
+
+        Raises:
+            ValueError: they were made by different tokenizers.
+        """
+        if self._manifest.tokenizer != other._manifest.tokenizer:
+            raise ValueError(
+                f"{self!r} and {other!r} were made by different tokenizers; prepare the first again with "
+                f"--tokenizer {other._directory}"
+            )
+
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Ids at positions ``start … start + count − 1``, a copy, [count] of the data's integer type.
 
         Raises:
             IndexError: outside the data.
+            ValueError: a damaged file, with an id outside the vocabulary.
         """
         self._check_range(start, start + count)
         out = np.empty(count, self._manifest.dtype)
         for shard, begin, end in self._pieces(start, start + count):
             offset = int(self._starts[shard])
-            out[begin - start : end - start] = self._map(shard, "tokens")[begin - offset : end - offset]
+            piece = self._map(shard, "tokens")[begin - offset : end - offset]
+            if piece.max() >= self.vocab_size:
+                raise ValueError(
+                    f"{self._path(shard, 'tokens')} is damaged: it holds id {piece.max()} outside the vocabulary of "
+                    f"{self.vocab_size}; {AGAIN}"
+                )
+            out[begin - start : end - start] = piece
         return out
 
     def document_starts(self, start: int, stop: int) -> NDArray[np.int64]:
@@ -112,9 +131,12 @@ class TokenShards:
         if (shard, kind) not in self._maps:
             if len(self._maps) >= MAPPED:
                 self._maps.clear()
-            path = self._directory / f"{self._manifest.shards[shard].name}.{kind}"
+            path = self._path(shard, kind)
             dtype = self._manifest.dtype if kind == "tokens" else np.dtype("<i8")
             # An empty file cannot be mapped: a shard may lie within one document.
             empty = kind == "documents" and not self._manifest.shards[shard].documents
             self._maps[shard, kind] = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
         return self._maps[shard, kind]
+
+    def _path(self, shard: int, kind: str) -> Path:
+        return self._directory / f"{self._manifest.shards[shard].name}.{kind}"

@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from hqlt.training.language import Objective
+from hqlt.training.initial_weights import materialise
+from hqlt.training.language import LanguageRecipe, Objective
 
 PARALLEL = ("auto", "fsdp", "hsdp", "ddp")
 TIMEOUT = datetime.timedelta(minutes=30)
@@ -141,8 +142,14 @@ class Engine:
             raise ValueError(f"micro_batch={self.micro_batch} must be at least 1")
 
 
-def spread(objective: Objective, world: World, engine: Engine, precision: str) -> nn.Module:
-    """The objective on the devices of the world, ready to be called in every process."""
+def spread(objective: Objective, recipe: LanguageRecipe, world: World, engine: Engine) -> nn.Module:
+    """The objective on the devices of the world with its initial weights, ready to be called in every process.
+
+    Args:
+        objective: of a model on the meta device, so that a process never holds more of it than its own part.
+        recipe: of the model.
+        world, engine: where and how.
+    """
     model = objective.model
     model.gradient_checkpointing = engine.activation_checkpointing
     if engine.backend is not None:
@@ -150,24 +157,27 @@ def spread(objective: Objective, world: World, engine: Engine, precision: str) -
     if engine.compile:
         for block in model.blocks:
             block.compile()
-    if world.size == 1 or engine.parallel == "ddp":
-        objective.to(world.device)
-    if world.size == 1:
-        return objective
-    if engine.parallel == "ddp":
+    alone = world.size == 1
+    if not alone and engine.parallel != "ddp":
+        _shard(objective, _mesh(world, engine.parallel), recipe.precision)
+    materialise(objective, recipe, world.device)
+    if not alone and engine.parallel == "ddp":
         ids = None if world.device.type == "cpu" else [world.device.index]
         return DistributedDataParallel(objective, device_ids=ids)
+    return objective
+
+
+def _shard(objective: Objective, mesh: DeviceMesh, precision: str) -> None:
     low = precision == "bfloat16"
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if low else None,
         reduce_dtype=torch.float32 if low else None,
         cast_forward_inputs=False,  # of which the fast weights stay in float32
     )
-    options: dict[str, Any] = {"mesh": _mesh(world, engine.parallel), "mp_policy": policy}
-    for block in model.blocks:
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    for block in objective.model.blocks:
         fully_shard(block, **options)
     fully_shard(objective, **options)
-    return objective
 
 
 def _mesh(world: World, parallel: str) -> DeviceMesh:

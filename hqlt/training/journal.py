@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import uuid
 from pathlib import Path
 from typing import Any
 
-from hqlt.files import write_jsonl
+from hqlt.files import write_jsonl, write_text
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
@@ -52,11 +53,20 @@ class Journal:
             except ModuleNotFoundError as error:
                 raise ImportError("Weights & Biases is not installed: pip install wandb") from error
             self._run = library.init(
-                project=wandb, dir=str(directory), id=directory.name, resume="allow", config=config
+                project=wandb,
+                name=directory.name,
+                id=_own_id(directory / "wandb-id"),  # folders of other runs may have the same name
+                dir=str(directory),
+                resume="allow",
+                config=config,
             )
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a row; its numbers become curves over ``step``."""
+        """Add a row; its numbers become curves over ``step``.
+
+        Raises:
+            OSError: the disk is full, or the like.
+        """
         # JSON knows no infinity and no NaN.
         row = {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
         self.rows.append(row)
@@ -82,9 +92,20 @@ class Journal:
             self._run.finish()
 
 
+def _own_id(path: Path) -> str:
+    """What a file says, or a new identifier that it will say from now on."""
+    if not path.exists():
+        write_text(path, uuid.uuid4().hex)
+    return path.read_text(encoding="utf-8")
+
+
 def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        why = f"{error.strerror}; the same command goes on from the last checkpoint"
+        raise OSError(error.errno, why, str(path)) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -82,6 +82,12 @@ class LanguageRecipe:
         model = LanguageModel(self.model)
         return model.double() if self.precision == "float64" else model
 
+    def outline(self) -> LanguageModel:
+        """The model on the meta device, without memory: :func:`hqlt.training.initial_weights.materialise` gives it
+        the weights of :meth:`build` once it is spread over devices."""
+        with torch.device("meta"):
+            return LanguageModel(self.model)
+
     def scaled(self, **changes: Any) -> LanguageRecipe:
         """The recipe with other values of its own fields or of those of its training."""
         own = {name: x for name, x in changes.items() if name in self.__dataclass_fields__}

@@ -101,8 +101,8 @@ def pretrain(
 
     Raises:
         Interrupted: on request, after saving.
-        ValueError: tokens outside the model's vocabulary, a batch that the processes cannot share, a directory with a
-            run of another recipe, a damaged checkpoint.
+        ValueError: tokens outside the model's vocabulary, held-out tokens of another tokenizer, a batch that the
+            processes cannot share, a directory with a run of another recipe, a damaged checkpoint.
         OSError: a checkpoint could not be written, or another process works in the directory.
         FloatingPointError: too many gradients in a row were not finite.
     """
@@ -112,6 +112,8 @@ def pretrain(
                 f"{shards!r} have {shards.vocab_size} token ids but the model {recipe.model.vocab_size}; "
                 "choose a recipe with this vocabulary or prepare the text with another tokenizer"
             )
+    if held_out is not None:
+        held_out.check_tokenizer(data)
     with stop_requests() as stop, known_warnings():
         run = _Run(recipe, data, held_out, directory, world, engine, watch)
         with alone(directory, world):
@@ -150,8 +152,8 @@ class _Run:
             packing=recipe.packing,
             seed=recipe.training.seed,
         )
-        self.model = recipe.build()
-        self.module = spread(Objective(self.model, recipe), world, engine, recipe.precision)
+        self.model = recipe.outline()
+        self.module = spread(Objective(self.model, recipe), recipe, world, engine)
         self.optimizer = make_adamw(self.module, recipe.training)
         self.snapshots = Snapshots(directory, watch.keep, world)
         self.progress: Row = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0, "skipped_in_a_row": 0}

@@ -1,4 +1,4 @@
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -71,6 +71,20 @@ def test_a_plan_is_made_of_the_costs(recompute):
     assert made.hours(H200) == pytest.approx(seconds / 3600)
 
 
+def test_replicas_take_what_their_shards_take():
+    batch = {"steps": 10, "batch_size": 24, "length": 32, "micro_batch": 4}
+    sharded, replicated, both = (
+        plan(ModelConfig(), **batch, devices=4, shards=shards) for shards in (None, 1, 2)
+    )  # fmt: skip
+    alone = training_bytes(ModelConfig(), 4, 32)
+    assert replicated.memory == replace(alone, gradients=2 * alone.gradients)
+    assert both.memory == training_bytes(ModelConfig(), 4, 32, devices=2)
+    assert sharded.memory == training_bytes(ModelConfig(), 4, 32, devices=4)
+    assert "estimated; 4 replicas of the model" in replicated.describe()
+    assert "estimated; 2 replicas of the model" in both.describe()
+    assert "replicas" not in sharded.describe()
+
+
 def test_a_description_names_every_part_in_two_columns():
     text = plan(published(1024), steps=28_672, batch_size=256, length=2048, devices=4, micro_batch=16).describe()
     lines = text.splitlines()
@@ -89,6 +103,8 @@ GOOD = {"steps": 2, "batch_size": 8, "length": 16, "micro_batch": 2, "devices": 
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"devices": 3}, "batch_size=8 is no multiple of devices=3"),
+    ({"shards": 3}, "devices=2 are no multiple of shards=3"),
+    ({"shards": 0}, "shards=0 must be"),
     ({"steps": 0}, "steps=0 must be"),
     ({"utilisation": 0.0}, r"utilisation=0\.0 must lie in \(0, 1\]"),
     ({"utilisation": 40.0}, r"utilisation=40\.0 must lie in"),

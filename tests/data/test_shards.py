@@ -93,6 +93,19 @@ def test_a_flipped_bit_is_found_and_named(shards, tmp_path, name):
         check(folder)
 
 
+def test_an_id_outside_the_vocabulary_is_found_and_named_when_read(tmp_path):
+    source = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    folder = tmp_path / "tokens"
+    again = TokenShards.open(prepared(source, folder, tokenizer="bpe:300", unit_bytes=500))
+    end = int(again._starts[2])
+    ids = np.memmap(folder / "00001.tokens", "<u2", mode="r+")
+    ids[-1] = 300
+    ids.flush()
+    assert len(again.read(0, end - 1)) == end - 1
+    with pytest.raises(ValueError, match=r"00001\.tokens is damaged: it holds id 300 outside the vocabulary of 300"):
+        again.read(end - 2, 3)
+
+
 @pytest.mark.parametrize("name", ["00001.tokens", "00002.documents"])
 def test_a_truncated_or_missing_file_is_named_when_opened(shards, tmp_path, name):
     folder = damaged(shards, tmp_path)

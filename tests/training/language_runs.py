@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 import warnings
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hqlt import MemoryConfig, ModelConfig
 from hqlt.data import TokenShards
 from hqlt.stopping import Interrupted
 from hqlt.training.config import TrainingConfig
-from hqlt.training.distributed import Engine, join
+from hqlt.training.distributed import Engine, World, join
 from hqlt.training.journal import METRICS, read_metrics
 from hqlt.training.language import LanguageRecipe
 from hqlt.training.pretraining import Watch, pretrain
@@ -43,42 +44,52 @@ def shards(folder: Path) -> TokenShards:
     return shards_of(documents(30, 60), folder)
 
 
-def _run(
-    rank: int, size: int, local: int, port: int, folder: Path, output: Path, made: LanguageRecipe, how: dict[str, Any]
-) -> None:
+def _process(rank: int, size: int, local: int, port: int, act: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     if size > 1:
         names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
         names |= {"MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in names.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    with join("cpu") as world:
+        act(world, *arguments)
+
+
+def _train(world: World, folder: Path, output: Path, made: LanguageRecipe, how: dict[str, Any]) -> None:
     data = TokenShards.open(folder / "tokens")
     engine = Engine(**how.get("engine", {"micro_batch": 1}))
     watch = Watch(**{"log_every": 1, "save_every": 3, "tensorboard": False, **how.get("watch", {})})
-    with join("cpu") as world:
-        try:
-            pretrain(made, data, data, output, world, engine, watch)
-        except Interrupted:
-            os._exit(STOPPED)
+    if "compiler" in how:
+        compile_ = torch.nn.Module.compile
+        torch.nn.Module.compile = lambda module: compile_(module, backend=how["compiler"])
+        warnings.simplefilter("ignore")  # torch names functions that it does not look into
+    try:
+        pretrain(made, data, data, output, world, engine, watch)
+    except Interrupted:
+        os._exit(STOPPED)
 
 
-def start(
-    folder: Path, output: Path, made: LanguageRecipe, size: int = 1, *, local: int | None = None, **how: Any
-) -> list[BaseProcess]:
-    """Begin a run of so many processes, ``local`` of them on a machine."""
+def begin(act: Callable[..., None], *arguments: Any, size: int = 1, local: int | None = None) -> list[BaseProcess]:
+    """``act(world, *arguments)`` in so many processes, ``local`` of them on a machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        CONTEXT.Process(target=_run, args=(rank, size, local or size, port, folder, output, made, how))
-        for rank in range(size)
+        CONTEXT.Process(target=_process, args=(rank, size, local or size, port, act, arguments)) for rank in range(size)
     ]
     for process in processes:
         process.start()
     return processes
 
 
-def finish(processes: list[BaseProcess], seconds: float = 120) -> list[int | None]:
+def start(
+    folder: Path, output: Path, made: LanguageRecipe, size: int = 1, *, local: int | None = None, **how: Any
+) -> list[BaseProcess]:
+    """Begin a run of so many processes, ``local`` of them on a machine."""
+    return begin(_train, folder, output, made, how, size=size, local=local)
+
+
+def finish(processes: list[BaseProcess], seconds: float = 600) -> list[int | None]:
     """Exit statuses."""
     end = time.monotonic() + seconds
     for process in processes:

@@ -18,7 +18,7 @@ from hqlt import LanguageModel, load_model
 from hqlt.data import Loader, TokenShards, rows_for_evaluation
 from hqlt.files import sole_user
 from hqlt.stopping import Interrupted
-from hqlt.training import pretraining, snapshots
+from hqlt.training import journal, pretraining, snapshots
 from hqlt.training.distributed import Engine, World, known_warnings
 from hqlt.training.export import export_run
 from hqlt.training.journal import METRICS, SAMPLES, read_metrics
@@ -26,7 +26,7 @@ from hqlt.training.language import LanguageRecipe
 from hqlt.training.optimizer import make_adamw, scheduled_rate
 from hqlt.training.pretraining import Watch, pretrain
 from hqlt.training.snapshots import complete
-from tests.data.corpora import documents, shards_of
+from tests.data.corpora import documents, prepared, shards_of
 from tests.training.language_runs import (
     MEMORY,
     STOPPED,
@@ -185,6 +185,22 @@ def test_sharded_blocks_may_compute_their_activations_again(tmp_path, folder):
     engine = {"micro_batch": 1, "activation_checkpointing": True}
     rows = run(folder, tmp_path / "two", made, 2, engine=engine)
     one = run(folder, tmp_path / "one", made)
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
+
+
+@pytest.mark.parametrize(("parallel", "compiler"), [
+    ("fsdp", "eager"),
+    pytest.param("ddp", "eager", marks=pytest.mark.slow),
+    pytest.param("fsdp", "inductor", marks=pytest.mark.slow),
+    pytest.param("ddp", "inductor", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_compiled_blocks_may_be_spread(tmp_path, folder, parallel, compiler):
+    """``eager`` traces the blocks and runs what it has traced; code for the machine takes a minute to make."""
+    made = recipe(steps=4)
+    engine = {"micro_batch": 1, "parallel": parallel, "compile": True}
+    processes = start(folder, tmp_path / "two", made, 2, engine=engine, compiler=compiler)
+    assert finish(processes) == [0, 0]
+    rows, one = read_metrics(tmp_path / "two" / METRICS), run(folder, tmp_path / "one", made)
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in one], abs=1e-9)
 
 
@@ -435,6 +451,22 @@ def test_a_full_disk_loses_nothing(tmp_path, data, monkeypatch):
     assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
 
 
+def test_a_disk_that_is_too_full_for_a_row_loses_nothing(tmp_path, data, monkeypatch):
+    append, written = journal._append, []
+
+    def write(path, row):
+        written.append(row)
+        append(Path("/dev/full") if len(written) == 5 else path, row)
+
+    monkeypatch.setattr(journal, "_append", write)
+    with pytest.raises(OSError, match=r"No space left on device; the same command goes on .*/dev/full"):
+        pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [path.name for path in complete(tmp_path)] == ["step-00000003"]
+    rows = pretrain(recipe(), data, None, tmp_path, ALONE, ONE, QUIET)
+    assert [row["loss"] for row in rows] == pytest.approx(by_hand(recipe(), data)[0], abs=1e-11)
+    assert read_metrics(tmp_path / METRICS) == rows
+
+
 @pytest.mark.parametrize(("changes", "message"), [
     ({"packing": "rows"}, "packing='rows' is unknown; choose one of concatenated, isolated, lanes"),
     ({"precision": "fp8"}, "precision='fp8' is unknown"),
@@ -450,6 +482,11 @@ def test_what_does_not_fit_is_refused(tmp_path, data):
     small = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, vocab_size=100))
     with pytest.raises(ValueError, match="have 256 token ids but the model 100"):
         pretrain(small, data, None, tmp_path, ALONE, ONE, QUIET)
+    bytes_ = shards_of(documents(30, 60), tmp_path)
+    words = TokenShards.open(prepared(tmp_path / "texts.jsonl", tmp_path / "words", tokenizer="bpe:257"))
+    large = dataclasses.replace(recipe(), model=dataclasses.replace(recipe().model, vocab_size=257))
+    with pytest.raises(ValueError, match=r"words.* and .*tokens.* different tokenizers; .* --tokenizer .*tokens"):
+        pretrain(large, bytes_, words, tmp_path, ALONE, ONE, QUIET)
     with pytest.raises(ValueError, match="length=100000 and a last target need 100001 tokens"):
         pretrain(recipe(length=100_000), data, None, tmp_path, ALONE, ONE, QUIET)
     with pytest.raises(ValueError, match="batch_size=4 rows cannot be shared by 3 processes; choose a multiple of 3"):
@@ -519,6 +556,11 @@ def test_weights_and_biases_has_the_rows_if_asked(tmp_path, data, monkeypatch):
     assert (options["project"], options["resume"], options["config"]["length"]) == ("mine", "allow", 10)
     assert told == [(row["step"], {name: x for name, x in row.items() if name != "step"}) for row in rows]
     assert last[0] == "finished"
+    pretrain(recipe(steps=3), data, None, tmp_path, ALONE, ONE, watch)
+    pretrain(recipe(steps=3), data, None, tmp_path / "other" / tmp_path.name, ALONE, ONE, watch)
+    begun = [(options["name"], options["id"]) for what, options in seen if what == "began"]
+    assert {name for name, _ in begun} == {tmp_path.name}
+    assert begun[0] == begun[1] != begun[2]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="Weights & Biases is not installed: pip install wandb"):
         pretrain(recipe(steps=3), data, None, tmp_path / "other", ALONE, ONE, watch)
