@@ -72,7 +72,16 @@ class Evaluation:
 
     @property
     def distances(self) -> list[int]:
-        """16, 32, … up to the length of the context."""
+        """16, 32, … up to the length of the context.
+
+        Raises:
+            ValueError: a context that is shorter than all of them.
+        """
+        if self.max_length < SHORTEST:
+            raise ValueError(
+                f"max_length={self.max_length} is below the shortest distance at which recall is asked; "
+                f"choose at least {SHORTEST}"
+            )
         return [SHORTEST << n for n in range(32) if SHORTEST << n <= self.max_length]
 
 

@@ -218,6 +218,13 @@ def test_another_tokenizer_is_another_evaluation(tmp_path):
     assert perplexities[0] != perplexities[1]
 
 
+def test_a_context_below_all_distances_is_refused(tmp_path):
+    wanted = Evaluation(tasks=("mqar",), max_length=15)
+    _, errors = evaluate(subject(small_model("synchronous"), tmp_path), wanted, tmp_path)
+    assert "max_length=15 is below the shortest distance" in errors["mqar"]
+    assert Evaluation(tasks=("mqar",), max_length=70).distances == [16, 32, 64]
+
+
 def test_an_interruption_keeps_what_is_finished(data, tmp_path, monkeypatch):
     import hqlt.evaluation.runs as runs
 
