@@ -85,7 +85,7 @@ def _figure(rows: list[Row], measure: str) -> Figure:
     """Median over the seeds by distance, a panel for every window; models without one stand in every panel."""
     cells = list(_by_model(rows))
     panels: dict[str, dict[str, Curve]] = {}
-    marks = {}
+    marks: dict[str, float] = {}
     for window in sorted({window for window, _ in cells if window}) or [0]:
         title = f"window {window}" if window else "no window"
         marks |= {title: float(window)} if window else {}
