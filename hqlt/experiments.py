@@ -75,20 +75,35 @@ def report_experiment(
     parser.add_argument("--output", type=Path, default=folder, help="folder of README.md and results.json")
     options = parser.parse_args()
     try:
-        old = read_rows(options.output / "results.json")
-        rows = merge(old, finished_rows(options.runs))
-        if not rows:
-            raise ValueError(f"no results in {options.output} and no finished runs in {options.runs}")
-        write_rows(options.output / "results.json", rows)
-        for name, table in tables(rows).items():
-            replace_section(options.output / "README.md", name, table)
-        for name, figure in figures(rows).items():
-            write_text(options.output / f"{name}.svg", figure_svg(figure))
+        print(take_up(options.runs, options.output, merge, tables, figures))
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
-    print(f"{len(rows)} runs, {len(rows) - len(old)} of them new, in {options.output}")
     return 0
+
+
+def take_up(
+    runs: Path,
+    folder: Path,
+    merge: Callable[[list[Row], list[Row]], list[Row]],
+    tables: Callable[[list[Row]], dict[str, str]],
+    figures: Callable[[list[Row]], dict[str, Figure]],
+) -> str:
+    """What :func:`report_experiment` does, with the runs of one folder and the README of another; says what was done.
+
+    Raises:
+        ValueError: no results at all, results that no table can compare, or a README without a section for a table.
+    """
+    old = read_rows(folder / "results.json")
+    rows = merge(old, finished_rows(runs))
+    if not rows:
+        raise ValueError(f"no results in {folder} and no finished runs in {runs}")
+    write_rows(folder / "results.json", rows)
+    for name, table in tables(rows).items():
+        replace_section(folder / "README.md", name, table)
+    for name, figure in figures(rows).items():
+        write_text(folder / f"{name}.svg", figure_svg(figure))
+    return f"{len(rows)} runs, {len(rows) - len(old)} of them new, in {folder}"
 
 
 def _runs_of(folder: Path) -> Path:

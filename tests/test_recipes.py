@@ -186,8 +186,8 @@ PUBLISHED = {
     "1.3b_deltanet": 1_365_087_232,
     "1.3b_synchronous": 1_465_750_528,
 }
-LARGE = [name for name in LANGUAGE_MODELS if not name.startswith("cpu_")]
-SMALL = [name for name in LANGUAGE_MODELS if name.startswith("cpu_")]
+LARGE = [name for name in LANGUAGE_MODELS if name.startswith(("340m_", "1.3b_"))]
+SMALL = [name for name in LANGUAGE_MODELS if name not in LARGE]
 
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED.items())
@@ -220,6 +220,17 @@ def test_small_models_have_one_size(name):
     assert abs(count / parameters(language_model("cpu_synchronous", 2048).model) - 1) < 0.005
     assert recipe.model.vocab_size == 2048
     assert LanguageRecipe(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}) == recipe
+
+
+@pytest.mark.parametrize("window", [16, 64, 256, 1024])
+@pytest.mark.parametrize("schedule", ["synchronous", "delayed_streaming"])
+def test_models_of_recall_differ_in_window_and_schedule(schedule, window):
+    recipe, base = language_model(f"recall_{schedule}_window_{window}"), language_model("cpu_synchronous")
+    assert recipe.model.memories[0] == dataclasses.replace(base.model.memories[0], schedule=schedule, window=window)
+    assert recipe.training == base.training
+    assert (recipe.length, recipe.batch_size, recipe.packing) == (2304, 2, "isolated")
+    for other in ("transformer", "deltanet"):
+        assert language_model(f"recall_{other}").model == language_model(f"cpu_{other}").model
 
 
 def test_ablations_change_one_thing():

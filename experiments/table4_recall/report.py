@@ -1,15 +1,15 @@
-"""Takes up the rows of finished runs into results.json, and makes the table of README.md and the figure from it."""
+"""Takes up the rows of finished runs into results.json, and makes the tables of README.md and the figures from it."""
 
 import sys
 from pathlib import Path
 
 from hqlt.experiments import report_experiment
-from hqlt.expressivity import distance_figures, distance_tables, merge
+from hqlt.language_modeling.recall_tables import figures, merge, tables
 
 
 def main() -> int:
     """Run the command; its exit status."""
-    return report_experiment(__doc__, Path(__file__).parent, merge, distance_tables, distance_figures)
+    return report_experiment(__doc__, Path(__file__).parent, merge, tables, figures)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,15 @@ class Document:
     name: str
     fields: tuple[tuple[str, str], ...]
 
+    @property
+    def text(self) -> str:
+        """All lines."""
+        return "".join(line(*field) for field in self.fields)
+
     def askable(self) -> list[int]:
         """Fields whose key occurs once and whose short value occurs nowhere else in the document."""
         keys = Counter(key.lower() for key, _ in self.fields)
-        text = "\n".join(line(*field) for field in self.fields).lower()
+        text = self.text.lower()
         return [
             n
             for n, (key, value) in enumerate(self.fields)
@@ -137,3 +142,39 @@ def prompt_around(asked: Question, room: int, tokenizer: Tokenizer) -> list[int]
                 used, first, last, grown = used + len(lines[n]), min(first, n), max(last, n), True
         if not grown:
             return [*tokenizer.start, *(token for tokens in lines[first : last + 1] for token in tokens)]
+
+
+def practice(document: Document, generator: random.Random, longest: int, asked: int) -> str:
+    """A text that teaches what is asked here: a piece of a document, then questions about it with their answers.
+
+    The piece begins at the start of any line and ends anywhere, as do the contexts of recall against distance; its
+    length is drawn evenly on a logarithmic scale, so that facts lie at all distances from questions.
+
+    Args:
+        longest: characters of a piece; the shortest has 64.
+        asked: questions at most, each about another field of the piece.
+    """
+    first = generator.randrange(len(document.fields))
+    size = min(longest, round(64 * (longest / 64) ** generator.random()))
+    told = Document(document.name, document.fields[first:]).text[:size]
+    whole = Document(document.name, document.fields[first : first + told.count("\n")])
+    fields = whole.askable()
+    chosen = [whole.fields[n] for n in generator.sample(fields, min(asked, len(fields)))]
+    return told + "".join(f"{question(key)} {value}\n" for key, value in chosen)
+
+
+def divided(documents: list[Document], seed: int, shares: tuple[float, ...]) -> list[list[Document]]:
+    """Documents in random order, in parts that have these shares of them, a document at least; the rest is the first.
+
+    Raises:
+        ValueError: fewer documents than parts.
+    """
+    if len(documents) <= len(shares):
+        raise ValueError(f"{len(documents)} documents are too few for {len(shares) + 1} parts")
+    drawn = random.Random(seed).sample(documents, len(documents))
+    parts = []
+    for share in shares:
+        count = max(1, int(share * len(documents)))
+        parts.append(drawn[:count])
+        drawn = drawn[count:]
+    return [drawn, *parts]

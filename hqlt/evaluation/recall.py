@@ -49,12 +49,25 @@ def kv_recall(
         ending = tokenizer.encode(question(item.key))
         prompts.append((prompt_around(item, room - len(ending), tokenizer), ending))
         values.append(tokenizer.encode(f" {item.value}"))
-    texts = written_texts(model, tokenizer, prompts, NEW_TOKENS, ("\n",), batch_size, done)
+    hits = _written(model, tokenizer, asked, prompts, batch_size, done)
     requests = [([*shared, *ending], value) for (shared, ending), value in zip(prompts, values, strict=True)]
     scores = log_likelihoods(model, requests, batch_size=batch_size, max_length=max_length)
-    hits = [item.value.lower() in text.lower() for item, text in zip(asked, texts, strict=True)]
     nats = -sum(score.nats for score in scores) / sum(map(len, values))
-    return {"contains": sum(hits) / len(hits), "nats_per_token": nats, "items": len(asked)}
+    return {"contains": hits, "nats_per_token": nats, "items": len(asked)}
+
+
+def _written(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    asked: list[Question],
+    prompts: list[tuple[list[int], list[int]]],
+    batch_size: int,
+    done: Done | None,
+) -> float:
+    """Share of the greedy continuations, up to the end of the line, that have the value in them, in any case."""
+    texts = written_texts(model, tokenizer, prompts, NEW_TOKENS, ("\n",), batch_size, done)
+    hits = [item.value.lower() in text.lower() for item, text in zip(asked, texts, strict=True)]
+    return sum(hits) / len(hits)
 
 
 def document_recall(
@@ -74,11 +87,11 @@ def document_recall(
     line, those before the fact) as the distance says, then the question. Of the true value and four that other
     documents have in a field of that name, the model chooses the one whose log-likelihood the document raises most,
     over what it is after the question alone; choices within a thousandth of a nat share the point. Chance is 1/5,
-    whatever the values are like.
+    whatever the values are like. What it writes by itself is compared with the true value too.
 
     Returns:
-        ``accuracy`` and ``gain`` (mean nats by which the document raises the true value) per distance; ``items``: the
-        questions, the same ones at every distance; ``chance``.
+        ``accuracy`` (of the choice), ``gain`` (mean nats by which the document raises the true value) and ``contains``
+        (as in :func:`kv_recall`) per distance; ``items``: the questions, the same ones at every distance; ``chance``.
 
     Raises:
         ValueError: no document is long enough for the largest distance.
@@ -100,7 +113,13 @@ def document_recall(
         gains = _choice_nats(model, tokenizer, contexts, batch_size, done) - alone
         best = gains >= gains.amax(1, keepdim=True) - DRAW
         credit = best[:, 0] / best.sum(1)
-        rows.append({"distance": distance, "accuracy": float(credit.mean()), "gain": float(gains[:, 0].mean())})
+        prompts = [(context, tokenizer.encode(question(item.key))) for item, context in contexts]
+        rows.append({
+            "distance": distance,
+            "accuracy": float(credit.mean()),
+            "gain": float(gains[:, 0].mean()),
+            "contains": _written(model, tokenizer, [item for item, _ in asked], prompts, batch_size, done),
+        })  # fmt: skip
     return {"by_distance": rows, "items": len(asked), "chance": 1 / CHOICES}
 
 

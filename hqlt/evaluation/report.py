@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hqlt.evaluation.paper import PRESETS
-from hqlt.evaluation.runs import Evaluation, Result, package_version
+from hqlt.evaluation.runs import Evaluation, Result, versions
 from hqlt.evaluation.subject import Subject
 from hqlt.files import write_text
 from hqlt.results import markdown_table
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ACCURACIES = ("acc", "acc_norm", "contains")
-PACKAGES = {"lm_eval": "lm-eval", "torch": "torch", "transformers": "transformers", "datasets": "datasets"}
 
 
 def write_report(
@@ -45,13 +44,6 @@ def write_report(
 
     for task, figure in figures(subject, results).items():
         write_text(output / f"{task}.svg", figure_svg(figure) + "\n")
-
-
-def versions() -> dict[str, str | None]:
-    """Of this library, and of what results depend on."""
-    from hqlt import __version__
-
-    return {"hqlt": __version__, **{name: package_version(package) for name, package in PACKAGES.items()}}
 
 
 def results_table(results: list[Result]) -> str:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from hqlt.evaluation.positions import perplexity_by_position
 from hqlt.evaluation.reading import check_reading
 from hqlt.evaluation.recall import document_recall, kv_recall, mqar_recall
 from hqlt.evaluation.subject import Subject
-from hqlt.evaluation.tasks import check_names, data_digest, make_task, quiet
+from hqlt.evaluation.tasks import check_names, data_digest, data_revision, make_task, quiet
 from hqlt.files import write_text
 from hqlt.layers.lesions import Lesion, lesion
 
 OWN = ("kv_recall", "recall", "mqar", "positions")
 LIMITS = {"kv_recall": 200, "recall": 100, "mqar": 256}  # items, where none is given
+PACKAGES = ("lm-eval", "torch", "transformers", "datasets", "tokenizers")
+OWN_PACKAGES = ("torch", "tokenizers")  # that a task of ours depends on
 SHORTEST = 16  # of the distances at which recall is asked
 Result = dict[str, Any]
 
@@ -70,7 +72,16 @@ class Evaluation:
 
     @property
     def distances(self) -> list[int]:
-        """16, 32, … up to the length of the context."""
+        """16, 32, … up to the length of the context.
+
+        Raises:
+            ValueError: a context that is shorter than all of them.
+        """
+        if self.max_length < SHORTEST:
+            raise ValueError(
+                f"max_length={self.max_length} is below the shortest distance at which recall is asked; "
+                f"choose at least {SHORTEST}"
+            )
         return [SHORTEST << n for n in range(32) if SHORTEST << n <= self.max_length]
 
 
@@ -78,10 +89,11 @@ def evaluate(subject: Subject, wanted: Evaluation, output: Path) -> tuple[list[R
     """Run every task under every lesion that no file of ``output`` has yet.
 
     A task that fails does not keep the others from running. Finished ones are kept in files named by task and a digest
-    of all that a result depends on: weights, data, settings and version of the harness.
+    of all that a result depends on: weights, tokenizer, data (the revision of the hub, which has to answer, or the
+    bytes of a local copy), settings and versions.
 
     Returns:
-        results — ``task``, ``lesion``, ``metrics``, ``items``, ``seconds`` — and errors by what failed.
+        results — ``task``, ``lesion``, ``metrics``, ``items``, ``data``, ``seconds`` — and errors by what failed.
     """
     results: list[Result] = []
     errors: dict[str, str] = {}
@@ -97,55 +109,66 @@ def evaluate(subject: Subject, wanted: Evaluation, output: Path) -> tuple[list[R
 
 
 def _kept(subject: Subject, wanted: Evaluation, task: str, condition: str, output: Path) -> list[Result]:
-    identity = _identity(subject, wanted, task, condition)
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    path = output / "tasks" / f"{task}-{key[:16]}.json"
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["identity"] == identity:
-            found: list[Result] = content["results"]
-            return found
-    with _lesioned(subject, condition):
-        begin = time.perf_counter()
-        made = _run(subject, wanted, task)
-        seconds = round(time.perf_counter() - begin, 1)
-    rows = [{"task": name, "lesion": condition, **result, "seconds": seconds} for name, result in made.items()]
+    with tempfile.TemporaryDirectory(prefix="hqlt-") as scratch:
+        make = partial(_tasks, subject, wanted, task, Path(scratch))
+        # Only data that are loaded say which revision of the hub they are.
+        loaded = make() if task not in OWN and wanted.data_of(task) is None else None
+        source = _source(wanted, task) if loaded is None else data_revision(loaded)
+        identity = _identity(subject, wanted, task, condition, source)
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        path = output / "tasks" / f"{task}-{key[:16]}.json"
+        if path.is_file():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["identity"] == identity:
+                found: list[Result] = content["results"]
+                return found
+        with lesion(subject.model, **asdict(Lesion.parse(condition))):
+            begin = time.perf_counter()
+            made = _run(subject, wanted, task, make() if loaded is None else loaded)
+            seconds = round(time.perf_counter() - begin, 1)
+    rows = [
+        {"task": name, "lesion": condition, **result, "data": source, "seconds": seconds}
+        for name, result in made.items()
+    ]
     write_text(path, json.dumps({"identity": identity, "results": rows}, indent=1) + "\n")
     return rows
 
 
-@contextmanager
-def _lesioned(subject: Subject, condition: str) -> Iterator[None]:
-    with lesion(subject.model, **asdict(Lesion.parse(condition))):
-        yield
-
-
-def _identity(subject: Subject, wanted: Evaluation, task: str, condition: str) -> dict[str, Any]:
-    """All that a result depends on."""
+def _source(wanted: Evaluation, task: str) -> str:
+    """SHA-256 of the local data of a task; nothing where it has none."""
     data = wanted.data_of(task)
-    source = "hub"
     if task in OWN:
-        source = "" if task == "mqar" else hashlib.sha256(_own_file(wanted, task).read_bytes()).hexdigest()
-    elif data is not None:
-        source = data_digest(task, data)
+        return "" if task == "mqar" else hashlib.sha256(_own_file(wanted, task).read_bytes()).hexdigest()
+    return "" if data is None else data_digest(task, data)
+
+
+def _identity(subject: Subject, wanted: Evaluation, task: str, condition: str, source: str) -> dict[str, Any]:
+    """All that a result depends on."""
     return {
         "task": task,
         "model": subject.fingerprint,
         "config": subject.model.config.to_dict(),
+        "tokenizer": subject.tokenizer_digest,
         "lesion": condition,
         "data": source,
         "limit": wanted.limit,
         "max_length": wanted.max_length,
         "dtype": wanted.dtype,
         "seed": wanted.seed,
-        "lm_eval": None if task in OWN else package_version("lm-eval"),
+        "versions": versions(OWN_PACKAGES if task in OWN else PACKAGES),
     }
 
 
-def package_version(name: str) -> str | None:
-    """Of an installed package."""
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str | None]:
+    """Of this library, and of packages that results depend on; None: not installed."""
+    from hqlt import __version__
+
+    return {"hqlt": __version__, **{name: _version(name) for name in packages}}
+
+
+def _version(package: str) -> str | None:
     try:
-        return version(name)
+        return version(package)
     except PackageNotFoundError:
         return None
 
@@ -158,10 +181,15 @@ def _own_file(wanted: Evaluation, task: str) -> Path:
     return data if task == "positions" else find_documents(data)
 
 
-def _run(subject: Subject, wanted: Evaluation, task: str) -> dict[str, Result]:
+def _tasks(subject: Subject, wanted: Evaluation, task: str, scratch: Path) -> dict[str, Any]:
+    """The harness's tasks of this name; none where it is one of ours."""
+    return {} if task in OWN else make_task(task, wanted.data_of(task), subject.tokenizer, scratch)
+
+
+def _run(subject: Subject, wanted: Evaluation, task: str, tasks: dict[str, Any]) -> dict[str, Result]:
     """Results by name; a group of the harness has several."""
     if task not in OWN:
-        return _harness(subject, wanted, task)
+        return _harness(subject, wanted, tasks)
     limit = wanted.limit or LIMITS.get(task, 0)
     with tqdm(desc=task, disable=None, leave=False, unit_scale=True) as bar:
         result = _own(subject, wanted, task, limit, bar.update)
@@ -181,21 +209,17 @@ def _own(subject: Subject, wanted: Evaluation, task: str, limit: int, done: Call
     return kv_recall(model, tokenizer, path, max_length=wanted.max_length, **drawn)
 
 
-def _harness(subject: Subject, wanted: Evaluation, task: str) -> dict[str, Result]:
-    tokenizer = subject.tokenizer
-    with tempfile.TemporaryDirectory(prefix="hqlt-") as scratch:
-        tasks = make_task(task, wanted.data_of(task), tokenizer, Path(scratch))
-        from lm_eval import evaluator
+def _harness(subject: Subject, wanted: Evaluation, tasks: dict[str, Any]) -> dict[str, Result]:
+    from lm_eval import evaluator
 
-        from hqlt.evaluation.harness import HarnessModel
+    from hqlt.evaluation.harness import HarnessModel
 
-        lm = HarnessModel(
-            subject.model, tokenizer, subject.folder, batch_size=wanted.batch_size, max_length=wanted.max_length
+    reading = {"batch_size": wanted.batch_size, "max_length": wanted.max_length}
+    lm = HarnessModel(subject.model, subject.tokenizer, subject.folder, **reading)
+    with quiet():
+        found = evaluator.evaluate(
+            lm=lm, task_dict={"tasks": tasks}, limit=wanted.limit, bootstrap_iters=0, log_samples=False
         )
-        with quiet():
-            found = evaluator.evaluate(
-                lm=lm, task_dict={"tasks": tasks}, limit=wanted.limit, bootstrap_iters=0, log_samples=False
-            )
     return {
         name: {
             "metrics": _metrics(found["results"][name]),

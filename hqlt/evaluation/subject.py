@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from hqlt.models.files import CONFIG, fingerprint, load_model
 from hqlt.models.language_model import LanguageModel
-from hqlt.models.tokenizer import Tokenizer, load_tokenizer
+from hqlt.models.tokenizer import TOKENIZER, Tokenizer, load_tokenizer
 from hqlt.training.claim import RECIPE
 from hqlt.training.export import is_run, newest_model
 from hqlt.training.pretraining import MODEL
@@ -69,6 +70,12 @@ class Subject:
             FileNotFoundError: it has none.
         """
         return load_tokenizer(self.folder, self.model.config.vocab_size)
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of the tokenizer's file; nothing where the model reads bytes or tokens."""
+        path = self.folder / TOKENIZER
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
     @property
     def window(self) -> int | None:

@@ -7,12 +7,33 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from hqlt.analysis.report import plot_curves
+from hqlt.evaluation.paper import TABLE_2, TABLE_4
 from hqlt.recipes.language_model import CPU_ABLATIONS, LANGUAGE_MODELS
 from hqlt.results import Row, Summary, markdown_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+PUBLISHED = {
+    "transformer": "Transformer++",
+    "deltanet": "DeltaNet",
+    "delayed_streaming": "delayed streaming",
+    "delayed_chunk": "delayed chunk",
+    "synchronous": "synchronous",
+    "synchronous_sum": "synchronous, sum",
+    "synchronous_dynamic_scalar": "synchronous, dynamic scalar",
+    "synchronous_linear_published": "synchronous, linear attention",
+    **{f"synchronous_window_{window}": f"synchronous, window {window}" for window in (128, 256, 512, 1024)},
+    "synchronous_nope": "synchronous, no positions",
+    "synchronous_window_1024_nope": "synchronous, window 1024, no positions",
+}
+"""Models of the paper's tables, by recipe less its size."""
+HOURS = {
+    "340m": {"transformer": 8, "": 10},
+    "1.3b": {"transformer": 26, "deltanet": 26, "": 30},
+}
+"""On four H100, according to the paper; under "" those of all others."""
+COLUMNS = ("Wiki ppl", "LMB ppl", "six accuracies", "SWDE", "SQuAD", "FDA", "recall")
 BASE = "cpu_synchronous"
 ABLATIONS = tuple(f"cpu_{name}" for name in CPU_ABLATIONS)
 
@@ -48,8 +69,30 @@ def _conditions(row: Row) -> dict[str, object]:
 
 
 def tables(rows: list[Row]) -> dict[str, str]:
-    """A table of the models, and one of what is changed in the synchronous one."""
-    return {name: _table(of) for name, of in _groups(rows).items()}
+    """A table of the models, one of what is changed in the synchronous one, and the paper's beside small models."""
+    return {name: _table(of) for name, of in _groups(rows).items()} | {"published": _published(rows)}
+
+
+def _published(rows: list[Row]) -> str:
+    """What the paper reports of its models (tables 2, 4, 7 and 8), and the small model with the same change."""
+    small = _by_model(rows)
+    lines = []
+    for size, hours in HOURS.items():
+        for name, title in PUBLISHED.items():
+            recipe, reported = f"{size}_{name}", f"{size.upper()} {title}"
+            if recipe not in LANGUAGE_MODELS:
+                continue
+            *language, average = TABLE_2.get(reported, (None,) * 9)
+            numbers = dict(zip(COLUMNS, (*language[:2], average, *TABLE_4.get(reported, (None,) * 4)), strict=True))
+            found = small.get(f"cpu_{name}", []) if size == "340m" else []
+            lines.append({
+                "recipe": f"`{recipe}`",
+                **{column: "–" if x is None else f"{x:.1f}" for column, x in numbers.items()},
+                "hours on 4 H100": str(hours.get(name, hours[""])),
+                "here": "not run",
+                "small, bits per byte": _shown([row["value"] for row in found]) if found else "–",
+            })  # fmt: skip
+    return markdown_table(lines)
 
 
 def live_table(rows: list[Row]) -> str:

@@ -1,4 +1,4 @@
-"""Recipes of language models: those of the paper (tables 2, 4 and 7), and small ones for a CPU.
+"""Recipes of language models: those of the paper (tables 2, 4 and 7), and small ones for a CPU, of texts and of recall.
 
 A recipe is a function of the vocabulary; :data:`LANGUAGE_MODELS` names them all. One of your own is such a function in
 a Python file, which ``hqlt train lm FILE.py:FUNCTION`` takes too; a variant is ``replace()`` or ``recipe.scaled()``.
@@ -107,12 +107,30 @@ def _cpu(change: Change, vocab_size: int = 256) -> LanguageRecipe:
     )
 
 
+RECALL_WINDOWS = (16, 64, 256, 1024)
+RECALL_MODELS: dict[str, Change] = {
+    "transformer": CPU_MODELS["transformer"],
+    "deltanet": CPU_MODELS["deltanet"],
+    **{
+        f"{schedule}_window_{window}": _memory(schedule=schedule, window=window)
+        for window in RECALL_WINDOWS
+        for schedule in ("synchronous", "delayed_streaming")
+    },
+}
+
+
+def _recall(change: Change, vocab_size: int = 256) -> LanguageRecipe:
+    """The small model with rows that hold a fact, 2048 tokens after it and a question about it."""
+    return _cpu(change, vocab_size).scaled(length=2304, batch_size=2, packing="isolated")
+
+
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageRecipe]] = {
     **{
         f"{size}_{name}": partial(_paper, size, change) for size in PAPER_SIZES for name, change in PAPER_MODELS.items()
     },
     **{f"340m_{name}": partial(_paper, "340m", change) for name, change in _ABLATIONS.items()},
     **{f"cpu_{name}": partial(_cpu, change) for name, change in (CPU_MODELS | CPU_ABLATIONS).items()},
+    **{f"recall_{name}": partial(_recall, change) for name, change in RECALL_MODELS.items()},
 }
 """Recipes by name; each takes ``vocab_size``, which for those of the paper is 32,000 by default."""
 

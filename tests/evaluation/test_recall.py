@@ -2,12 +2,22 @@
 
 import json
 import math
+import random
 from itertools import islice
 
 import pytest
 import torch
 
-from hqlt.evaluation.factbook import Document, line, prompt_around, question, questions, read_documents
+from hqlt.evaluation.factbook import (
+    Document,
+    divided,
+    line,
+    practice,
+    prompt_around,
+    question,
+    questions,
+    read_documents,
+)
 from hqlt.evaluation.positions import bins, perplexity_by_position, position_nats
 from hqlt.evaluation.recall import document_recall, kv_recall, mqar_recall
 from hqlt.evaluation.report import figures
@@ -60,6 +70,34 @@ def test_a_prompt_holds_the_lines_around_the_fact(book, room):
         assert text == "".join(lines)
 
 
+def test_practice_asks_what_its_piece_tells(book):
+    generator, sizes, counts = random.Random(0), [], []
+    for document in read_documents(book) * 20:
+        text = practice(document, generator, longest=200, asked=3)
+        ends = [n for n in range(len(text) + 1) if text[n : n + 1] in ("", "\n")]  # where questions may begin
+        size = max(n for n in ends if text[:n] in document.text)
+        start, *lines = document.text.partition(text[:size])[0], *text[:size].split("\n")
+        answers = [answer for answer in text[size:].split("\n") if answer]
+        assert start == "" or start.endswith("\n")
+        assert set(answers) <= set(lines[:-1])  # lines that are whole
+        assert len(set(answers)) == len(answers) <= 3
+        sizes.append(size)
+        counts.append(len(answers))
+    assert min(sizes) < 80 < 180 < max(sizes) <= 200
+    assert set(counts) == {0, 1, 2, 3}
+    assert practice(document, random.Random(1), 200, 3) == practice(document, random.Random(1), 200, 3)
+
+
+def test_documents_are_divided_without_overlap(book):
+    documents = read_documents(book)
+    parts = divided(documents, 0, (0.3, 0.01))
+    assert [len(part) for part in parts] == [4, 2, 1]
+    assert sorted(d.name for part in parts for d in part) == [d.name for d in documents]
+    assert divided(documents, 0, (0.3, 0.01)) == parts != divided(documents, 1, (0.3, 0.01))
+    with pytest.raises(ValueError, match="2 documents are too few for 3 parts"):
+        divided(documents[:2], 0, (0.3, 0.01))
+
+
 def test_kv_recall_of_a_model_that_knows_nothing(book):
     settings = {"limit": 9, "seed": 0, "batch_size": 4, "max_length": 300}
     found = kv_recall(unigram_model(UNIFORM), ByteTokenizer(), book, **settings)
@@ -90,9 +128,16 @@ def test_recall_by_distance_is_what_it_says(book, kind):
         count = len(value) + 1
         return float(logits[0, -count:].log_softmax(-1).gather(1, ids[0, -count:, None]).sum())
 
+    @torch.no_grad()
+    def written(before: str) -> str:
+        ids = list(before.encode())
+        for _ in range(48):
+            ids.append(int(model(torch.tensor([ids]))[0][0, -1].argmax()))
+        return bytes(ids[-48:]).decode(errors="replace").split("\n")[0]
+
     asked = list(islice(questions(read_documents(book), 0), 6))
     for row, distance in zip(found["by_distance"], (8, 50), strict=True):
-        right, gain = 0, 0.0
+        right, gain, hits = 0, 0.0, 0
         for item in asked:
             fields = item.document.fields
             filler = "".join(line(*f) for f in (*fields[item.field + 1 :], *fields[: item.field]))[:distance]
@@ -101,10 +146,12 @@ def test_recall_by_distance_is_what_it_says(book, kind):
             best = [n for n, x in enumerate(gains) if x >= max(gains) - 1e-3]
             right += (0 in best) / len(best)
             gain += gains[0]
+            hits += item.value.lower() in written(told).lower()
         assert row == {
             "distance": distance,
             "accuracy": pytest.approx(right / 6),
             "gain": pytest.approx(gain / 6, abs=1e-9),
+            "contains": hits / 6,
         }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from hqlt.cli import main
 from hqlt.evaluation.runs import Evaluation, evaluate
@@ -165,7 +166,7 @@ def test_finished_tasks_are_kept_and_others_run_again(data, tmp_path, monkeypatc
 
     ran = []
     original = runs._run
-    monkeypatch.setattr(runs, "_run", lambda subject, wanted, task: ran.append(task) or original(subject, wanted, task))
+    monkeypatch.setattr(runs, "_run", lambda *of: ran.append(of[2]) or original(*of))
     model = unigram_model(torch.zeros(256, dtype=torch.float64))
     first = run(model, data, tmp_path, tasks=("piqa", "winogrande"))
     assert run(model, data, tmp_path, tasks=("winogrande", "piqa", "swde"), batch_size=1)["piqa"] == first["piqa"]
@@ -176,6 +177,52 @@ def test_finished_tasks_are_kept_and_others_run_again(data, tmp_path, monkeypatc
     run(model, changed, tmp_path, tasks=("piqa",))
     run(unigram_model(torch.ones(256, dtype=torch.float64)), data, tmp_path, tasks=("piqa",))
     assert ran == ["piqa", "winogrande", "swde", *["piqa"] * 6]
+    monkeypatch.setattr(runs, "version", lambda _: "9.9.9")  # of every package
+    run(model, data, tmp_path, tasks=("piqa",))
+    assert len(ran) == 10
+
+
+def test_a_new_revision_of_the_hub_is_never_answered_from_results_of_the_old(tmp_path, monkeypatch):
+    """For `datasets` a folder of a data set's name is that data set, and its files are its revision."""
+    import hqlt.evaluation.runs as runs
+
+    ran, original = [], runs._run
+    monkeypatch.setattr(runs, "_run", lambda *of: ran.append(of[2]) or original(*of))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model, wanted = unigram_model(torch.arange(256, dtype=torch.float64)), Evaluation(tasks=("piqa",))
+    found = []
+    for count in (3, None, 2):
+        if count is not None:
+            splits = dict.fromkeys(("train", "validation", "test"), ROWS["piqa"][:count])
+            write_rows(tmp_path / "baber" / "piqa", **splits)
+        results, errors = evaluate(subject(model, tmp_path), wanted, tmp_path / "out")
+        assert errors == {}
+        found += results
+    assert [result["items"] for result in found] == [3, 3, 2]
+    assert found[0] == found[1]
+    assert ran == ["piqa"] * 2
+    assert len({result["data"] for result in found}) == 2
+
+
+def test_another_tokenizer_is_another_evaluation(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("abcabcab" * 9)
+    model, perplexities = unigram_model(torch.arange(256, dtype=torch.float64)), []
+    for alphabet in ("abc", "cba"):
+        library = Tokenizer(models.WordLevel({x: 50 * n for n, x in enumerate(alphabet)}, alphabet[0]))
+        library.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+        library.save(str(tmp_path / "tokenizer.json"))
+        (result,), _ = evaluate(subject(model, tmp_path), Evaluation(tasks=("positions",), data={"": text}), tmp_path)
+        perplexities.append(result["metrics"]["by_position"][0]["perplexity"])
+    assert perplexities[0] != perplexities[1]
+
+
+def test_a_context_below_all_distances_is_refused(tmp_path):
+    wanted = Evaluation(tasks=("mqar",), max_length=15)
+    _, errors = evaluate(subject(small_model("synchronous"), tmp_path), wanted, tmp_path)
+    assert "max_length=15 is below the shortest distance" in errors["mqar"]
+    assert Evaluation(tasks=("mqar",), max_length=70).distances == [16, 32, 64]
 
 
 def test_an_interruption_keeps_what_is_finished(data, tmp_path, monkeypatch):
@@ -183,10 +230,10 @@ def test_an_interruption_keeps_what_is_finished(data, tmp_path, monkeypatch):
 
     model, original = unigram_model(torch.zeros(256, dtype=torch.float64)), runs._run
 
-    def interrupted(subject, wanted, task):
-        if task == "swde":
+    def interrupted(*of):
+        if of[2] == "swde":
             raise KeyboardInterrupt
-        return original(subject, wanted, task)
+        return original(*of)
 
     monkeypatch.setattr(runs, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -213,7 +260,7 @@ def test_the_command_reports_failures_and_finishes_the_rest(data, tmp_path, caps
         ("winogrande", "kv", 3),
     ]
     assert content["settings"]["max_length"] == 2048
-    assert content["versions"]["lm_eval"].startswith("0.4.")
+    assert content["versions"]["lm-eval"].startswith("0.4.")
     assert "commit" not in json.dumps(content)
     assert content["results"][0]["metrics"] != content["results"][2]["metrics"] or (
         content["results"][1]["metrics"] != content["results"][3]["metrics"]

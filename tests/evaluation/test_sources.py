@@ -6,6 +6,8 @@ import math
 
 import pytest
 
+from hqlt.evaluation import tasks
+from hqlt.evaluation.runs import OWN
 from hqlt.evaluation.sources import SOURCES, find_source, read_rows
 from hqlt.evaluation.tasks import check_names, make_task
 from hqlt.models.tokenizer import ByteTokenizer
@@ -155,9 +157,16 @@ def test_what_is_missing_is_named(tmp_path):
 
 
 def test_unknown_tasks_name_the_nearest():
-    check_names(["piqa", "positions", "copa"], ("positions",))
-    with pytest.raises(ValueError, match=r"no task 'lambada_opnai'; near names: lambada_openai"):
-        check_names(["lambada_opnai"], ())
+    check_names(["piqa", "positions", "copa", "hellaswag_ar"], ("positions",))  # near one of ours, and the harness's
+    with pytest.raises(ValueError, match=r"no task 'cope'; near names: .*copa"):
+        check_names(["cope"], ())
+
+
+def test_slips_in_names_of_ours_are_answered_without_the_collection(monkeypatch):
+    monkeypatch.setattr(tasks, "_collection", lambda: pytest.fail("the collection was read"))
+    for slip, name in (("lambada_opnai", "lambada_openai"), ("rekall", "recall"), ("kv_recal", "kv_recall, recall")):
+        with pytest.raises(ValueError, match=rf"no task '{slip}'; near names: {name}"):
+            check_names(["piqa", slip], OWN)
 
 
 def test_every_task_of_the_paper_has_a_source():
