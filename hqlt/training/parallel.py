@@ -40,15 +40,13 @@ def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
 
     Args:
         jobs: longest first uses the cores best.
-        workers: processes at a time; by default one per core. Cores left over become threads.
+        workers: processes at a time; by default one per core. Each has one thread: cores left over stay idle.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; every job has been told to save and stop.
         RuntimeError: a job failed; the others have been told to save and stop.
     """
-    cores = available_cores()
-    workers = min(workers or cores, len(jobs))
-    threads = max(1, cores // max(1, workers))
+    workers = min(workers or available_cores(), len(jobs))
     context = multiprocessing.get_context("spawn")
     lock = context.RLock()
     waiting, running, failed = list(jobs), dict[int, tuple[SpawnProcess, Job]](), list[str]()
@@ -57,7 +55,7 @@ def run_parallel(jobs: list[Job], workers: int | None = None) -> None:
             while waiting and len(running) < workers and not stop.is_set() and not failed:
                 slot = min(set(range(workers)) - set(running))
                 job = waiting.pop(0)
-                process = context.Process(target=_work, args=(job, slot, threads, lock), name=job.name)
+                process = context.Process(target=_work, args=(job, slot, lock), name=job.name)
                 with signals_held():
                     process.start()
                 running[slot] = (process, job)
@@ -86,9 +84,9 @@ def _ask_to_stop(process: SpawnProcess) -> None:
         os.kill(process.pid, signal.SIGTERM)
 
 
-def _work(job: Job, slot: int, threads: int, lock: Any) -> None:
+def _work(job: Job, slot: int, lock: Any) -> None:
     """Body of a worker process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     tqdm.set_lock(lock)
     try:
         with stop_requests():
