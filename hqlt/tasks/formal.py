@@ -115,7 +115,7 @@ def modular_arithmetic(
 def _mixed(operators: Tensor, generator: torch.Generator) -> Tensor:
     """Operators [B, n] of which a share is ×, drawn for each row, and the others + or −."""
     share = torch.rand(len(operators), 1, generator=generator)
-    sums = _draw(*operators.shape, 2, generator) + PLUS
+    sums = _draw(len(operators), operators.shape[1], 2, generator) + PLUS
     return torch.where(torch.rand(operators.shape, generator=generator) < share, TIMES, sums)
 
 
