@@ -17,12 +17,13 @@ LARGEST_HEAD = 32  # above that, tiles are faster (measured)
 
 def unfit(call: Call) -> str | None:
     """Calls that it was not made for."""
+    return joined(never_fit(call), "it has no chunk reads" if call.period else None)
+
+
+def slower(call: Call) -> str | None:
+    """Calls for which ``auto`` takes tiles."""
     large = max(call.key_dim, call.value_dim) > LARGEST_HEAD
-    return joined(
-        never_fit(call),
-        "it has no chunk reads" if call.period else None,
-        f"tiles are faster for heads above {LARGEST_HEAD}" if large else None,
-    )
+    return f"tiles are faster for heads above {LARGEST_HEAD}" if large else None
 
 
 def delta_rule_native(
