@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.backend import Call, joined
+from hqlt.ops.backend import Call
 from hqlt.ops.fast_weight import first_state
 from hqlt.ops.native import SEGMENT, run, starts_of
 from hqlt.ops.native import unfit as never_fit
@@ -17,7 +17,7 @@ LARGEST_HEAD = 32  # above that, tiles are faster (measured)
 
 def unfit(call: Call) -> str | None:
     """Calls that it was not made for."""
-    return joined(never_fit(call), "it has no chunk reads" if call.period else None)
+    return never_fit(call) or ("it has no chunk reads" if call.period else None)
 
 
 def slower(call: Call) -> str | None:

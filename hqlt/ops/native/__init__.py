@@ -41,7 +41,7 @@ def unfit(call: Call) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile does not see into it"
     if call.dtype not in DTYPES:
-        return f"it is for float32 and float64, not {str(call.dtype).removeprefix('torch.')}"
+        return "it is for float32 and float64"
     if not 0 < min(call.key_dim, call.value_dim) <= max(call.key_dim, call.value_dim) <= LARGEST:
         return f"it is for heads up to {LARGEST}"
     return "one token is less work than a call" if call.length == 1 else None

@@ -57,6 +57,12 @@ def compiler() -> list[str] | None:
     return next(([path, *rest] for path, *rest in found if path), None)
 
 
+def compiler_version() -> str:
+    """The first line of what the C compiler says of itself, or ``none``."""
+    found = compiler()
+    return "none" if found is None else _output([*found, "--version"]).partition("\n")[0]
+
+
 @lru_cache(maxsize=len(DTYPES))
 def library(dtype: torch.dtype) -> Library:
     """The code for tensors of this dtype. A compiler that fails is warned of, once."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.backend import Call, joined
+from hqlt.ops.backend import Call
 from hqlt.ops.native import run, starts_of
 from hqlt.ops.native import unfit as never_fit
 from hqlt.ops.rotary import Angles, rotary
@@ -18,17 +18,16 @@ LARGEST_HEAD, LARGEST_WINDOW = 32, 32  # above that, tiles are faster (measured)
 
 def unfit(call: Call) -> str | None:
     """Calls that it was not made for."""
-    return joined(never_fit(call), "it has no dropout" if call.dropout else None)
+    return never_fit(call) or ("it has no dropout" if call.dropout else None)
 
 
 def slower(call: Call) -> str | None:
     """Calls for which ``auto`` takes tiles."""
-    head, window = max(call.key_dim, call.value_dim), call.window or math.inf
+    if max(call.key_dim, call.value_dim) > LARGEST_HEAD:
+        return f"tiles are faster for heads above {LARGEST_HEAD}"
+    window = call.window or math.inf
     seen = window if call.past else min(window, call.length)
-    return joined(
-        f"tiles are faster for heads above {LARGEST_HEAD}" if head > LARGEST_HEAD else None,
-        f"tiles are faster for windows above {LARGEST_WINDOW}" if seen > LARGEST_WINDOW else None,
-    )
+    return f"tiles are faster for windows above {LARGEST_WINDOW}" if seen > LARGEST_WINDOW else None
 
 
 def window_attention_native(
