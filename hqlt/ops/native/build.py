@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from hqlt.files import atomic
+
 SOURCES = ("memories.c", "vectors.h", "delta.h", "window.h", "rows.h")
 # Neither of the last two changes a result: nobody reads errno, and floating-point exceptions are masked.
 FLAGS = ("-O2", "-std=gnu11", "-fPIC", "-shared", "-Wno-psabi", "-fno-math-errno", "-fno-trapping-math")
@@ -89,7 +91,6 @@ def _loaded(compile_with: list[str], dtype: torch.dtype) -> Library:
     try:
         kept = cache_folder() / name
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
             _compile(compile_with, dtype, kept)
         return Library(ctypes.CDLL(str(kept)), kept)
     except (OSError, RuntimeError) as error:  # no home, a folder that cannot be written, or from which nothing may run
@@ -110,20 +111,15 @@ def _name(compile_with: list[str], dtype: torch.dtype) -> str:
 
 def _compile(compile_with: list[str], dtype: torch.dtype, target: Path) -> None:
     """Make the file; processes that do so at once replace each other's, which are equal."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=".so")
-    os.close(handle)
     source = Path(__file__).parent / SOURCES[0]
-    try:
+    with atomic(target) as made:
         for processor in TARGETS:
             try:
-                _output([*compile_with, *FLAGS, *DTYPES[dtype], *processor, "-o", temporary, str(source), "-lm"])
-                break
+                _output([*compile_with, *FLAGS, *DTYPES[dtype], *processor, "-o", str(made), str(source), "-lm"])
+                return
             except subprocess.CalledProcessError:
                 if processor == TARGETS[-1]:
                     raise
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _output(command: list[str]) -> str:
