@@ -23,7 +23,7 @@ from hqlt.ops.window import WINDOW_ATTENTION
 PACKAGES = ("hqlt", "torch", "triton", "flash-linear-attention", "flash-attn", "transformers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HEADS = (16, 50, 64, 128, 512)
-LENGTH, WINDOW, SMALL_WINDOW = 2048, 64, 32
+LENGTH, WINDOW = 2048, 64
 SLIDING = "sliding"
 FAST_WEIGHTS: dict[str, dict[str, Any]] = {
     SLIDING: {},
@@ -32,7 +32,6 @@ FAST_WEIGHTS: dict[str, dict[str, Any]] = {
 }
 ATTENTION: dict[str, dict[str, Any]] = {
     SLIDING: {"window": WINDOW},
-    f"{SLIDING} by {SMALL_WINDOW}": {"window": SMALL_WINDOW},
     "delayed_chunk": {"window": WINDOW, "anchored": True},
     "full context": {},
     "one token": {"length": 1, "window": WINDOW, "past": True},

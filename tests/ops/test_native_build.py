@@ -182,13 +182,14 @@ def test_auto_takes_it_for_small_heads_and_windows():
         assert chosen(CALL._replace(**change), "native") == ("native" if small else "chunked")
     assert chosen(CALL._replace(key_dim=65), "native") == "chunked"
     assert chosen(CALL._replace(length=1), "native") == "reference"
-    attention = {
-        (40, 32, False): "native", (40, 33, False): "chunked", (40, None, False): "chunked",
-        (32, 100, False): "native", (32, None, False): "native", (40, 32, True): "native",
-        (32, 100, True): "chunked", (32, None, True): "chunked",
+    attention = {  # head, queries, window, past
+        (16, 100, 64, False): "native", (16, 100, 65, False): "chunked", (17, 100, 32, False): "native",
+        (17, 100, 33, False): "chunked", (33, 100, 8, False): "chunked", (8, 100, None, False): "chunked",
+        (32, 32, 100, False): "native", (32, 32, None, False): "native", (32, 40, 32, True): "native",
+        (32, 32, 100, True): "chunked", (32, 32, None, True): "chunked",
     }  # fmt: skip
-    for (length, window, past), name in attention.items():
-        call = CALL._replace(length=length, window=window, past=past)
+    for (head, length, window, past), name in attention.items():
+        call = CALL._replace(key_dim=8, value_dim=head, length=length, window=window, past=past)
         assert chosen(call, op=WINDOW_ATTENTION) == name
         assert chosen(call, "native", WINDOW_ATTENTION) == "native"
 

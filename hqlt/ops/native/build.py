@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import os
 import platform
-import shlex
 import shutil
 import subprocess
 import tempfile
@@ -54,7 +53,7 @@ def cache_folder() -> Path:
 def compiler() -> list[str] | None:
     """The C compiler, and arguments that ``CC`` gives it."""
     named = os.environ.get("CC")
-    commands = [[named], shlex.split(named)] if named else [["cc"], ["gcc"], ["clang"]]
+    commands = [[named], named.split()] if named else [["cc"], ["gcc"], ["clang"]]
     found = ([shutil.which(command[0]), *command[1:]] for command in commands if command)
     return next(([path, *rest] for path, *rest in found if path), None)
 

@@ -13,7 +13,8 @@ from hqlt.ops.native import run, starts_of
 from hqlt.ops.native import unfit as never_fit
 from hqlt.ops.rotary import Angles, rotary
 
-LARGEST_HEAD, LARGEST_WINDOW = 32, 32  # above that, tiles are faster (measured)
+LARGEST_HEAD = 32
+LARGEST_WINDOWS = {16: 64, LARGEST_HEAD: 32}  # of heads up to such a size; above that, tiles are faster (measured)
 
 
 def unfit(call: Call) -> str | None:
@@ -23,11 +24,12 @@ def unfit(call: Call) -> str | None:
 
 def slower(call: Call) -> str | None:
     """Calls for which ``auto`` takes tiles."""
-    if max(call.key_dim, call.value_dim) > LARGEST_HEAD:
-        return f"tiles are faster for heads above {LARGEST_HEAD}"
-    window = call.window or math.inf
+    head, window = max(call.key_dim, call.value_dim), call.window or math.inf
     seen = window if call.past else min(window, call.length)
-    return f"tiles are faster for windows above {LARGEST_WINDOW}" if seen > LARGEST_WINDOW else None
+    largest = next((span for size, span in LARGEST_WINDOWS.items() if head <= size), None)
+    if largest is None:
+        return f"tiles are faster for heads above {LARGEST_HEAD}"
+    return f"tiles are faster for windows above {largest}, heads of {head}" if seen > largest else None
 
 
 def window_attention_native(
