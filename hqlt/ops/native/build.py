@@ -54,8 +54,11 @@ def compiler() -> list[str] | None:
     """The C compiler, and arguments that ``CC`` gives it."""
     named = os.environ.get("CC")
     commands = [[named], named.split()] if named else [["cc"], ["gcc"], ["clang"]]
-    found = ([shutil.which(command[0]), *command[1:]] for command in commands if command)
-    return next(([path, *rest] for path, *rest in found if path), None)
+    for command in filter(None, commands):
+        path = shutil.which(command[0])
+        if path is not None:
+            return [path, *command[1:]]
+    return None
 
 
 def compiler_version() -> str:
