@@ -138,15 +138,16 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument(
         "suite",
-        choices=("ops", "layer", "train", "generate", "context", "state"),
-        help="ops: delta rules and window attention; layer: both reads and their blend over sequence lengths; "
-        "train: the quick start's models in float32 and bfloat16; generate: one token at a time; context: one token "
-        "after contexts of any length; state: memories kept in fewer bits",
+        choices=("ops", "native", "layer", "train", "generate", "context", "state"),
+        help="ops: delta rules and window attention; native: compiled code beside tiles, over sizes of heads and "
+        "windows; layer: both reads and their blend over sequence lengths; train: the quick start's models in float32 "
+        "and bfloat16; generate: one token at a time; context: one token after contexts of any length; state: memories "
+        "kept in fewer bits",
     )
     command.add_argument("--output", type=Path, help="JSON file (default: runs/bench/SUITE.json)")
     command.add_argument("--repeats", type=_count, help="rounds (default: 15; train 200; generate and context 40)")
     command.add_argument(
-        "--seconds", type=_count, help="ops, layer: no round begins after this, but three are run (default: 60)"
+        "--seconds", type=_count, help="ops, native, layer: no round begins after this, but three are run (default: 60)"
     )
     command.add_argument("--threads", type=_workers, help="of torch (default: its own choice)")
     command.add_argument(

@@ -17,11 +17,12 @@ from hqlt.ops.backend import Call, Kernel, Op
 from hqlt.ops.delta import DELTA_RULE
 from hqlt.ops.gated_delta import GATED_DELTA_RULE
 from hqlt.ops.linear import LINEAR_ATTENTION
+from hqlt.ops.native.build import library
 from hqlt.ops.window import WINDOW_ATTENTION
 
 PACKAGES = ("hqlt", "torch", "triton", "flash-linear-attention", "flash-attn", "transformers")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-HEADS = (50, 64, 128, 512)
+HEADS = (16, 50, 64, 128, 512)
 LENGTH, WINDOW = 2048, 64
 SLIDING = "sliding"
 FAST_WEIGHTS: dict[str, dict[str, Any]] = {
@@ -57,6 +58,7 @@ def examine() -> dict[str, Any]:
         "machine": machine(),
         "gpu": _gpu() if device == "cuda" else None,
         "compiler": _compiler(),
+        "native": _native(),
         "choices": [
             _choice(op, schedule, device, dtype, head, facts)
             for op, schedules in CASES
@@ -91,6 +93,12 @@ def _compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
+def _native() -> dict[str, str | None]:
+    """Where compiled code for the CPU lies, and why there is none or not in the cache folder."""
+    found = library(torch.float32)
+    return {"library": None if found.path is None else str(found.path), "reason": found.reason}
+
+
 def _choice(
     op: Op[Any], schedule: str, device: str, dtype: torch.dtype, head: int, facts: dict[str, Any]
 ) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def _choice(
     name = chosen.name if isinstance(chosen, Kernel) else chosen
     others = {
         kernel.name: kernel.obstacle(call)
+        or kernel.slower(call)
         or (f"{name} comes first" if kernel.automatic else f"on request only: backend='{kernel.backend}'")
         for kernel in op.kernels
         if kernel != chosen
@@ -125,14 +134,21 @@ def _text(found: dict[str, Any]) -> list[str]:
         f"Python {machine['python']}",
         "GPU        " + (has if gpu is None else has.format(gib=gpu["memory_bytes"] / 2**30, **gpu)),
         f"compiler   {found['compiler'] or 'none: torch.compile needs g++ or clang on a CPU'}",
+        *_native_lines(**found["native"]),
         "",
         "What backend='auto' runs here:",
         "",
         *_table(found["choices"]),
         "",
-        f"{SLIDING}: synchronous, delayed_streaming, overlap. Forms of our own: chunked, reference (recurrence).",
+        f"{SLIDING}: synchronous, delayed_streaming, overlap, here with a window of {WINDOW}.",
+        "Forms of our own: chunked, reference (recurrence).",
         *_reasons(found["choices"]),
     ]
+
+
+def _native_lines(library: str | None, reason: str | None) -> list[str]:
+    line = "native     " + "; ".join(filter(None, ("none" if library is None else library, reason)))
+    return textwrap.wrap(line, 100, subsequent_indent=" " * 11, break_on_hyphens=False)
 
 
 def _table(choices: list[dict[str, Any]]) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 from hqlt.cli import main
 from hqlt.doctor import CASES, DTYPES, HEADS, _reasons, _table, examine
 from hqlt.ops.backend import Call
+from hqlt.ops.native.build import Library, library
 
 
 def test_the_report_fits_a_page_and_names_everything(capsys):
@@ -32,6 +34,19 @@ def test_json_holds_every_case_and_the_choice_that_runs(capsys):
         assert choice["implementation"] == getattr(chosen, "name", chosen)
         assert {choice["implementation"], *choice["others"]} >= {kernel.name for kernel in op.kernels}
         assert all(choice["others"].values())
+
+
+def test_it_says_where_compiled_code_lies_or_why_there_is_none(capsys, monkeypatch):
+    assert main(["doctor", "--json"]) == 0
+    found, here = json.loads(capsys.readouterr().out), library(torch.float32)
+    assert found["native"] == {"library": here.path and str(here.path), "reason": here.reason}
+    small = [choice for choice in found["choices"] if (choice["head"], choice["dtype"]) == (16, "float32")]
+    on_cpu = not torch.cuda.is_available() and here.code is not None
+    assert any(choice["implementation"] == "native" for choice in small) == on_cpu
+    for told in (Library(path=Path("/a/native.so")), Library(reason="it needs a C compiler")):
+        monkeypatch.setattr("hqlt.doctor.library", lambda dtype, told=told: told)
+        main(["doctor"])
+        assert f"native     {told.path or 'none; ' + told.reason}\n" in capsys.readouterr().out
 
 
 def test_rows_that_fare_alike_are_one():

@@ -13,15 +13,17 @@ from hqlt.bench.context import LENGTHS as CONTEXTS
 from hqlt.bench.context import bench_context
 from hqlt.bench.generate import bench_generate
 from hqlt.bench.layer import LENGTHS, bench_layer, plot_cost
+from hqlt.bench.native import bench_native
 from hqlt.bench.ops import bench_ops, transformers_fallback
 from hqlt.bench.record import Record, markdown, save
 from hqlt.bench.state import bench_state
 from hqlt.bench.train import bench_train
 from hqlt.machine import has_bfloat16, machine
+from hqlt.ops.native.build import compiler_version
 
 SECONDS = 60.0
 QUICKSTART_MODEL = Path("runs") / "quickstart" / "model"
-REPEATS = {"ops": 15, "layer": 15, "train": 200, "generate": 40, "context": 40, "state": 15}
+REPEATS = {"ops": 15, "native": 15, "layer": 15, "train": 200, "generate": 40, "context": 40, "state": 15}
 
 
 def bench(
@@ -41,7 +43,7 @@ def bench(
     """Run a suite, print its table and write its JSON; whether every implementation agreed with the reference.
 
     Args:
-        suite: ``ops``, ``layer``, ``train``, ``generate``, ``context`` or ``state``.
+        suite: ``ops``, ``native``, ``layer``, ``train``, ``generate``, ``context`` or ``state``.
         output: JSON file, written after every case.
         repeats, seconds: as in :func:`hqlt.bench.contest`.
         threads: of torch.
@@ -53,7 +55,7 @@ def bench(
         ValueError: an option that the suite does not have, or freed memory cannot be kept on this system.
     """
     owners = {
-        "seconds": ("ops", "layer"),
+        "seconds": ("ops", "native", "layer"),
         "lengths": ("layer", "context"),
         "plot": ("layer",),
         "other": ("generate",),
@@ -74,10 +76,13 @@ def bench(
         print(
             "transformers' fallback is left out; to compare with it: pip install 'hqlt[transformers]'", file=sys.stderr
         )
+    if suite == "native":
+        settings["compiler"] = compiler_version()
     if suite == "train":
         settings["bfloat16 instructions"] = has_bfloat16()
     suites: dict[str, Iterator[list[Record]]] = {
         "ops": bench_ops(rounds, limit),
+        "native": bench_native(rounds, limit),
         "layer": bench_layer(tuple(lengths or LENGTHS), rounds, limit),
         "train": bench_train(rounds),
         "generate": bench_generate(rounds, other),

@@ -73,7 +73,8 @@ class Kernel:
         backend: the value of ``backend`` that asks for it.
         run: takes the arguments of the op's recurrence.
         automatic: whether ``auto`` takes it.
-        missing: what the machine lacks. unfit: why there is no kernel for such a call.
+        missing: what the machine lacks. unfit: why there is no kernel for such a call. slower: why ``auto`` takes
+            something else all the same.
     """
 
     name: str
@@ -81,11 +82,16 @@ class Kernel:
     run: Callable[..., Any]
     missing: Obstacle
     unfit: Obstacle
+    slower: Obstacle = lambda call: None
     automatic: bool = True
 
     def obstacle(self, call: Call) -> str | None:
         """Why it does not run this call."""
         return self.missing(call) or self.unfit(call)
+
+    def preferred(self, call: Call) -> bool:
+        """Whether ``auto`` takes it where nothing is in the way."""
+        return self.automatic and self.slower(call) is None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +144,7 @@ class Op(Generic[Result]):
         if backend != "auto":
             self._check_present(backend, call)
         for kernel in self.kernels:
-            asked = kernel.automatic if backend == "auto" else backend == kernel.backend
+            asked = kernel.preferred(call) if backend == "auto" else backend == kernel.backend
             # In this order: what a machine lacks may take seconds to find out.
             if asked and kernel.unfit(call) is None and kernel.missing(call) is None:
                 return kernel

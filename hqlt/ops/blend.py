@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hqlt.ops.blocks import empty, needs_grad, token_blocks, wide
 from hqlt.ops.native import runs_rows
-from hqlt.ops.native.norm import norm_native
+from hqlt.ops.native.norm import LARGEST_ROW, norm_native
 from hqlt.ops.precision import full_precision
 
 
@@ -87,11 +87,19 @@ def _factor(x: Tensor, eps: float) -> Tensor:
     return mean.rsqrt_()
 
 
+def _runs_native(
+    first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, dtype: torch.dtype
+) -> bool:
+    """Whether compiled code takes it, which does not broadcast."""
+    shaped = all(x is None or x.shape == first.shape for x in (second, logit)) and weight.shape == first.shape[-1:]
+    return shaped and len(weight) <= LARGEST_ROW and runs_rows(first, (second, logit, weight), dtype)
+
+
 @full_precision
 def _apply(
     first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    if runs_rows(first, (second, logit, weight), dtype):
+    if _runs_native(first, second, logit, weight, dtype):
         return norm_native(first, second, logit, weight, eps)
     if not needs_grad(first, second, logit, weight):
         return _forward(first, second, logit, weight, eps, dtype)

@@ -9,10 +9,11 @@ import torch
 import hqlt
 from hqlt import LanguageModel, MemoryConfig, ModelConfig, recipes, save_model
 from hqlt.allocator import keep_freed_memory
-from hqlt.bench import Record, context, generate, layer, ops, state, suites, train
+from hqlt.bench import Record, context, generate, layer, native, ops, state, suites, train
 from hqlt.cli import main
 from hqlt.layers import update_rules
 from hqlt.models import Decoder
+from hqlt.ops.native.build import library
 from tests.helpers import assert_close
 
 
@@ -46,6 +47,17 @@ def test_ops(tiny, tmp_path, capsys):
     assert len(ours) == 6
     assert all(record["error"] < 1e-4 and record["mebibytes"] > 0 for record in ours)
     assert "| case" in capsys.readouterr().out
+
+
+def test_native_beside_tiles(tiny, tmp_path, monkeypatch):
+    if library(torch.float32).code is None:
+        pytest.skip(library(torch.float32).reason)
+    for name, value in {"LENGTH": 40, "DIMS": (8, 64), "WINDOWS": (9,)}.items():
+        monkeypatch.setattr(native, name, value)
+    records = run("native", tmp_path)
+    assert [record["name"] for record in records] == [native.TILES, native.COMPILED] * 8
+    assert {record["case"].partition(" B")[0] for record in records} == {"delta rule", "window 9"}
+    assert all(record["error"] < 1e-4 and ("ratio" in record) == (n % 2 == 1) for n, record in enumerate(records))
 
 
 def test_an_op_that_is_wrong_fails_the_command(tiny, tmp_path, monkeypatch, capsys):

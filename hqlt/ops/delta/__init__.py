@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hqlt.ops import launch
 from hqlt.ops.backend import Call, Kernel, Op, deferred
+from hqlt.ops.delta import native
 from hqlt.ops.delta.chunked import delta_rule_chunked
-from hqlt.ops.delta.native import unfit as native_unfit
 from hqlt.ops.delta.reference import delta_rule_reference
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 from hqlt.ops.fla import missing, unfit
@@ -26,9 +26,10 @@ DELTA_RULE = Op(
         Kernel(
             name="native",
             backend="native",
-            run=deferred("hqlt.ops.delta.native", "delta_rule_native"),
+            run=native.delta_rule_native,
             missing=native_missing,
-            unfit=native_unfit,
+            unfit=native.unfit,
+            slower=native.slower,
         ),
         Kernel(
             name="fla",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.backend import Call, joined
+from hqlt.ops.backend import Call
 from hqlt.ops.fast_weight import first_state
 from hqlt.ops.native import SEGMENT, run, starts_of
 from hqlt.ops.native import unfit as never_fit
@@ -17,12 +17,13 @@ LARGEST_HEAD = 32  # above that, tiles are faster (measured)
 
 def unfit(call: Call) -> str | None:
     """Calls that it was not made for."""
+    return never_fit(call) or ("it has no chunk reads" if call.period else None)
+
+
+def slower(call: Call) -> str | None:
+    """Calls for which ``auto`` takes tiles."""
     large = max(call.key_dim, call.value_dim) > LARGEST_HEAD
-    return joined(
-        never_fit(call),
-        "it has no chunk reads" if call.period else None,
-        f"tiles are faster for heads above {LARGEST_HEAD}" if large else None,
-    )
+    return f"tiles are faster for heads above {LARGEST_HEAD}" if large else None
 
 
 def delta_rule_native(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hqlt.ops.backend import Kernel, Op, deferred
-from hqlt.ops.delta.native import unfit as native_unfit
+from hqlt.ops.delta import native
 from hqlt.ops.fast_weight import check_fast_weight, check_feature_map
 from hqlt.ops.fla import gated_missing, unfit
 from hqlt.ops.gated_delta.chunked import gated_delta_rule_chunked
@@ -20,9 +20,10 @@ GATED_DELTA_RULE = Op(
         Kernel(
             name="native",
             backend="native",
-            run=deferred("hqlt.ops.delta.native", "gated_delta_rule_native"),
+            run=native.gated_delta_rule_native,
             missing=native_missing,
-            unfit=native_unfit,
+            unfit=native.unfit,
+            slower=native.slower,
         ),
         Kernel(
             name="fla",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.native import run, starts_of
+from hqlt.ops.native import VECTOR_BYTES, run, starts_of
 
 
 def convolution_native(x: Tensor, weight: Tensor, past: Tensor, borders: list[int] | None) -> Tensor:
@@ -23,7 +23,7 @@ class _Convolution(torch.autograd.Function):
         x, past = x.contiguous(), past.contiguous()
         taps = weight.detach().flatten(1).T.contiguous()
         y = torch.empty_like(x)
-        run("convolution", len(starts) - 1, x.numel(), x.dtype, starts, *taps.shape[::-1], x, past, taps, y)
+        _run("convolution", starts, taps, x, past, taps, y)
         ctx.save_for_backward(x, past, taps, starts)
         return y
 
@@ -32,9 +32,12 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, past, taps, starts = ctx.saved_tensors
         grads = [torch.zeros_like(tensor) for tensor in (x, past, taps)]
-        # No work to divide: threads would meet in the gradient of the weight.
-        run(
-            "convolution_backward", len(starts) - 1, 0, x.dtype,
-            starts, *taps.shape[::-1], x, past, taps, grad.contiguous(), *grads,
-        )  # fmt: skip
+        _run("convolution_backward", starts, taps, x, past, taps, grad.contiguous(), *grads)
         return grads[0], grads[2].T.unsqueeze(1), grads[1], None
+
+
+def _run(name: str, starts: Tensor, taps: Tensor, x: Tensor, *others: Tensor) -> None:
+    """A function of taps [C, D] and other tensors, each of whose threads takes some of the channels."""
+    count, channels = taps.shape
+    vectors = channels * taps.itemsize // VECTOR_BYTES
+    run(name, vectors, x.numel(), x.dtype, len(starts) - 1, starts, channels, count, x, *others)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hqlt.ops.native import run
+from hqlt.ops.native import THREAD_WORK, run
+
+LARGEST_ROW = 4096  # rows lie on the stack of a thread
+PARTS = 64  # sums of the weight's gradient at most, the same for any number of threads
 
 
 def norm_native(first: Tensor, second: Tensor | None, logit: Tensor | None, weight: Tensor, eps: float) -> Tensor:
@@ -32,12 +35,14 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors
+        *tensors, weight = ctx.saved_tensors
         grads = [None if x is None else torch.empty_like(x) for x in tensors]
-        size = grad.shape[-1]
-        # No work to divide: threads would meet in the gradient of the weight.
+        size = len(weight)
+        rows = grad.numel() // size
+        parts = max(1, min(PARTS, rows, grad.numel() // THREAD_WORK))
+        sums = weight.new_empty(parts, size)
         run(
-            "norm_backward", grad.numel() // size, 0, grad.dtype,
-            size, *tensors, ctx.eps, grad.contiguous(), *grads,
+            "norm_backward", parts, grad.numel(), grad.dtype,
+            parts, rows, size, *tensors, weight, ctx.eps, grad.contiguous(), *grads, sums,
         )  # fmt: skip
-        return *grads, None
+        return *grads, sums.sum(0), None

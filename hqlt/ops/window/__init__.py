@@ -9,9 +9,8 @@ from hqlt.ops.backend import Call, Kernel, Op, deferred
 from hqlt.ops.checks import check_chunk_size, check_qkv, check_shape, documents
 from hqlt.ops.native import missing as native_missing
 from hqlt.ops.rotary import Angles
-from hqlt.ops.window import libraries
+from hqlt.ops.window import libraries, native
 from hqlt.ops.window.chunked import window_attention_chunked
-from hqlt.ops.window.native import unfit as native_unfit
 from hqlt.ops.window.reference import window_attention_reference
 
 
@@ -27,9 +26,10 @@ WINDOW_ATTENTION = Op(
         Kernel(
             name="native",
             backend="native",
-            run=deferred("hqlt.ops.window.native", "window_attention_native"),
+            run=native.window_attention_native,
             missing=native_missing,
-            unfit=native_unfit,
+            unfit=native.unfit,
+            slower=native.slower,
         ),
         Kernel(
             name="flash-attn",
