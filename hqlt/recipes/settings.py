@@ -100,7 +100,7 @@ _CPU_MODULAR = replace(
     ),
     training=replace(
         CPU_TRAINING,
-        steps=8000,
+        steps=16_000,
         learning_rate=3e-3,
         warmup_steps=50,
         evaluate_every=1000,
