@@ -163,7 +163,7 @@ def test_half_of_the_mixed_sequences_have_a_share_of_products_of_their_own():
         return (input_ids[:, 1:-1:2] == formal.TIMES).double().mean(1)
 
     plain, mixed = shares("modular_arithmetic"), shares("modular_arithmetic_mixed")
-    # Of 29 operators with equal shares more than 0.75 are × with probability 2e-6; with a uniform share every fourth time.
+    # Of 29 operators more than 0.75 are × with probability 2e-6, and with a uniform share every fourth time.
     assert (plain > 0.75).sum() <= 2
     assert abs((mixed > 0.75).double().mean() - 0.125) < 0.02
     assert abs((mixed < 0.08).double().mean() - 0.05) < 0.02
