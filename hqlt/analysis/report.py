@@ -100,7 +100,9 @@ def plot_panels(
     from matplotlib.figure import Figure
 
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.3 * min(columns, len(panels)) + 0.5, 1.9 * lines + 0.6), layout="constrained")
+    # The legend stands in one line above the panels, which are wide enough for it even when there is one.
+    width = max(4.2, 2.3 * min(columns, len(panels))) + 0.5
+    figure = Figure(figsize=(width, 1.9 * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, min(columns, len(panels)), sharex=True, sharey=True, squeeze=False).flatten()
     lowest = min(y for curves in panels.values() for curve in curves for _, y in curve)
     for axes, (name, curves) in zip(grid, panels.items(), strict=False):
