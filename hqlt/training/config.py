@@ -51,6 +51,8 @@ class TrainingConfig:
         clip: bound of the global gradient norm; None: none.
         label_smoothing: s of the target (1 − s)·one-hot + s / V. The loss is then the divergence from that target,
             without the entropy of the target itself, so that 0 is perfect.
+        averaging: decay d of an average of the weights, w̄ ← d·w̄ + (1 − d)·w after every update, which is what is
+            measured and what training returns; None: the weights themselves.
         evaluate_every: steps between evaluations; one more follows the last step.
         curriculum: difficulty of the batches, for tasks that have one.
         seed: of the initial weights and of the batches.
@@ -67,6 +69,7 @@ class TrainingConfig:
     schedule_steps: int | None = None
     clip: float | None = 1.0
     label_smoothing: float = 0.0
+    averaging: float | None = None
     evaluate_every: int = 100
     seed: int = 0
     curriculum: Curriculum | None = None
@@ -75,5 +78,7 @@ class TrainingConfig:
         for name, least in (("steps", 1), ("evaluate_every", 1), ("warmup_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.averaging is not None and not 0 <= self.averaging < 1:
+            raise ValueError(f"averaging={self.averaging} must lie in [0, 1), or be None")
         if self.decay not in DECAYS:
             raise ValueError(f"decay={self.decay!r} is unknown; choose one of {', '.join(DECAYS)}")

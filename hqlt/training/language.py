@@ -51,8 +51,9 @@ class LanguageRecipe:
         for name, choices in (("packing", PACKINGS), ("precision", PRECISIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(choices)}")
-        if self.training.curriculum is not None:
-            raise ValueError("a curriculum has no effect on a language model; leave it out")
+        for name in ("curriculum", "averaging"):
+            if getattr(self.training, name) is not None:
+                raise ValueError(f"{name} has no effect on a language model; leave it out")
         if self.packing == "lanes" and any(m.kv_memory and m.window is None for m in self.model.memories):
             raise ValueError(
                 "packing='lanes' carries the memories through the whole text, but a KV memory without a window would "

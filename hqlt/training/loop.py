@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from hqlt.files import sole_user, write_jsonl
@@ -54,7 +55,8 @@ def train(
     same batches, so that it ends as if never interrupted. A killed call loses at most 20 seconds.
 
     Args:
-        model: freshly built, on the device to train on; its weights are replaced if there is a checkpoint.
+        model: freshly built, on the device to train on; its weights are replaced if there is a checkpoint. With
+            averaging it ends with the averaged weights.
         task: batches and evaluation.
         config: hyper-parameters.
         directory: of this run.
@@ -72,6 +74,10 @@ def train(
     """
     identity = _identity(model, task, config)
     optimizer = make_adamw(model, config)
+    averaged = None
+    if config.averaging is not None:
+        averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.averaging))
+        optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
     path = directory / "checkpoint.pt"
     with sole_user(directory):
         saved = load_checkpoint(path, lambda content: _same_run(path, content["identity"], identity))
@@ -81,6 +87,8 @@ def train(
         if saved is not None:
             model.load_state_dict(saved["model"])
             optimizer.load_state_dict(saved["optimizer"])
+            if averaged is not None:
+                averaged.load_state_dict(saved["averaged"])
             torch.set_rng_state(saved["random"])
             progress = saved["progress"]
         rows: list[Metrics] = progress["rows"]
@@ -88,16 +96,22 @@ def train(
 
         def save() -> None:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "random": torch.get_rng_state()}
+            if averaged is not None:
+                state["averaged"] = averaged.state_dict()
             save_checkpoint(path, {**state, "identity": identity, "progress": progress})
 
         if progress["step"] < config.steps:
             with progress_bar(label, config.steps, progress["step"], position=position) as bar:
-                _go_on(model, optimizer, task, config, progress, directory / "metrics.jsonl", save, bar)
+                measured = model if averaged is None else averaged.module
+                _go_on(model, measured, optimizer, task, config, progress, directory / "metrics.jsonl", save, bar)
+        if averaged is not None:
+            model.load_state_dict(averaged.module.state_dict())
     return rows
 
 
 def _go_on(
     model: LanguageModel,
+    measured: LanguageModel,
     optimizer: torch.optim.Optimizer,
     task: Task,
     config: TrainingConfig,
@@ -106,7 +120,7 @@ def _go_on(
     save: Callable[[], None],
     bar: tqdm[Any],
 ) -> None:
-    """Train to the last step, or to a request to stop."""
+    """Train ``model`` to the last step, or to a request to stop, and evaluate ``measured`` on the way."""
     rows: list[Metrics] = progress["rows"]
     model.train()
     with stop_requests() as stop:
@@ -119,7 +133,7 @@ def _go_on(
                 bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s", refresh=False)
             last = progress["step"] == config.steps
             if last or progress["step"] % config.evaluate_every == 0:
-                rows.append(_row(progress, loss, evaluate(model, task)))
+                rows.append(_row(progress, loss, evaluate(measured, task)))
                 with metrics.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
             if last or stop.is_set() or time.monotonic() - last_save > SAVE_EVERY:

@@ -272,6 +272,49 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, m
     assert_same_weights(model, expected)
 
 
+# Averaging
+
+
+@pytest.mark.parametrize("steps", [(), (0,), (3,), (7,), (1, 2, 6)], ids=str)
+def test_the_average_of_the_weights_is_measured_and_returned(tmp_path, steps):
+    """Also by runs that are interrupted, and that are finished already."""
+    decay = 0.7
+    config = dataclasses.replace(CONFIG, averaging=decay)
+    plain = dataclasses.replace(CONFIG, evaluate_every=1)
+    weights: list[dict[str, torch.Tensor]] = []
+
+    def note(model: LanguageModel) -> dict[str, float]:
+        weights.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return {}
+
+    train(tiny_model(), Task(batch, note, {"task": "tiny"}), plain, tmp_path / "plain", "")
+    average, expected = weights[0], [weights[0]]
+    for new in weights[1:]:
+        average = {name: decay * average[name] + (1 - decay) * new[name] for name in new}
+        expected.append(average)
+
+    for step in steps:
+        with pytest.raises(Interrupted):
+            train(tiny_model(), ask_to_stop(signal.SIGTERM, step), config, tmp_path / "run", "")
+    model = tiny_model()
+    rows = train(model, tiny_task(), config, tmp_path / "run", "")
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[-1][name], rtol=1e-5, atol=1e-7)
+    for row in rows:
+        other = tiny_model()
+        other.load_state_dict(expected[row["step"] - 1])
+        assert row["held_out"] == pytest.approx(evaluate(other, tiny_task())["held_out"], rel=1e-6)
+    again = tiny_model()
+    train(again, tiny_task(), config, tmp_path / "run", "")
+    assert_same_weights(again, model)
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, 2.0, math.nan])
+def test_an_average_that_never_moves_is_refused(decay):
+    with pytest.raises(ValueError, match=rf"averaging={decay} must lie in \[0, 1\), or be None"):
+        dataclasses.replace(CONFIG, averaging=decay)
+
+
 # Curriculum
 
 
