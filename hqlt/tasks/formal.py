@@ -83,27 +83,42 @@ PLUS, MINUS, TIMES, EQUALS = 1, 2, 3, 4
 
 
 def modular_arithmetic(
-    count: int, shortest: int, longest: int, generator: torch.Generator, *, modulus: int = 5, mixed: float = 0.0
+    count: int,
+    shortest: int,
+    longest: int,
+    generator: torch.Generator,
+    *,
+    modulus: int = 5,
+    skewed: float = 0.0,
+    repeated: float = 0.0,
 ) -> Batch:
     """The value of d ∘ d ∘ … ∘ d =, × before + and −, modulo 5.
 
     Tokens: 1 +, 2 −, 3 ×, 4 =, 5 … 9 the digits 0 … 4. n is odd: k digits, k − 1 operators, =, the answer.
 
+    Sequences of the first kind below have long sums and long products, which equal shares hardly ever make. In those of
+    the second a small error of a state comes back with every repetition, instead of being lost among others.
+
     Args:
         count, shortest, longest, generator: as for every task.
         modulus: of digits and value.
-        mixed: share of the sequences in which × is not one operator of three but one of a share that is uniform in
-            0 … 1: long sums and long products, which equal shares hardly ever make.
+        skewed: share of the sequences in which digits and operators have shares of their own, drawn for each sequence.
+        repeated: share of the sequences that repeat their first one to six digits with the operators after them.
     """
     _check(shortest, longest, 3)
     fewest, most = (shortest + 1) // 2, (longest + 1) // 2
     fewest = min(fewest, most)
-    digits = _draw(count, most - 1, modulus, generator)
-    operators = _draw(count, most - 1, 3, generator) + PLUS
-    if mixed:
-        operators = torch.where(
-            torch.rand(count, 1, generator=generator) < mixed, _mixed(operators, generator), operators
-        )
+    if skewed or repeated:
+        kind = torch.rand(count, 1, generator=generator)
+        digits = _draw_skewed(kind < skewed, most - 1, modulus, generator)
+        operators = _draw_skewed(kind < skewed, most - 1, 3, generator) + PLUS
+        period = torch.randint(1, LONGEST_MOTIF + 1, (count, 1), generator=generator)
+        period = torch.where(kind >= 1 - repeated, period, most)
+        place = torch.arange(most - 1)[None, :] % period
+        digits, operators = digits.gather(1, place), operators.gather(1, place)
+    else:
+        digits = _draw(count, most - 1, modulus, generator)
+        operators = _draw(count, most - 1, 3, generator) + PLUS
     length = 2 * torch.randint(fewest, most + 1, (count, 1), generator=generator) - 1
     tokens = torch.stack([digits + EQUALS + 1, operators], 2).flatten(1)
     tokens.scatter_(1, length - 2, EQUALS)
@@ -112,11 +127,13 @@ def modular_arithmetic(
     return _asked(tokens, length, value[:, None] + EQUALS + 1)
 
 
-def _mixed(operators: Tensor, generator: torch.Generator) -> Tensor:
-    """Operators [B, n] of which a share is ×, drawn for each row, and the others + or −."""
-    share = torch.rand(len(operators), 1, generator=generator)
-    sums = _draw(len(operators), operators.shape[1], 2, generator) + PLUS
-    return torch.where(torch.rand(operators.shape, generator=generator) < share, TIMES, sums)
+LONGEST_MOTIF = 6  # digits
+
+
+def _draw_skewed(skewed: Tensor, shape: int, values: int, generator: torch.Generator) -> Tensor:
+    """[B, shape] of 0 … values − 1: where ``skewed`` [B, 1], with shares as squares of exponential numbers."""
+    shares = torch.empty(len(skewed), values).exponential_(generator=generator) ** 2
+    return torch.multinomial(torch.where(skewed, shares, 1.0), shape, replacement=True, generator=generator)
 
 
 def _evaluate(digits: Tensor, operators: Tensor, terms: Tensor, modulus: int) -> Tensor:
@@ -230,7 +247,9 @@ FORMAL_TASKS = {
     "even_pairs": SyntheticTask(even_pairs, 3, 2, 2),
     "cycle_navigation": SyntheticTask(cycle_navigation, 9, 5, 2),
     "modular_arithmetic": SyntheticTask(modular_arithmetic, 10, 5, 3, stride=2),
-    "modular_arithmetic_mixed": SyntheticTask(partial(modular_arithmetic, mixed=0.5), 10, 5, 3, stride=2),
+    "modular_arithmetic_varied": SyntheticTask(
+        partial(modular_arithmetic, skewed=0.4, repeated=0.3), 10, 5, 3, stride=2
+    ),
     "modular_arithmetic_with_brackets": SyntheticTask(modular_arithmetic_with_brackets, 12, 5, 5),
     "s3": _permutations(3),
     "s4": _permutations(4),

@@ -39,7 +39,7 @@ def test_the_level_bounds_the_sizes_of_a_batch():
 
 
 def test_samples_of_a_step_may_have_one_size():
-    recipe = replace(RECIPE, task="modular_arithmetic", practice="modular_arithmetic_mixed", equal_sizes=True)
+    recipe = replace(RECIPE, task="modular_arithmetic", practice="modular_arithmetic_varied", equal_sizes=True)
     batch = synthetic_task(replace(recipe, model=replace(RECIPE.model, vocab_size=10))).batch
     sizes = [batch(0, step, 12)[0].shape[1] + 1 for step in range(60)]
     assert set(sizes) == {3, 5, 7, 9, 11}
