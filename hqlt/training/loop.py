@@ -74,9 +74,11 @@ def train(
     """
     identity = _identity(model, task, config)
     optimizer = make_adamw(model, config)
-    averaged = None
+    averaged, measured = None, model
     if config.averaging is not None:
         averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.averaging))
+        assert isinstance(averaged.module, LanguageModel)
+        measured = averaged.module
         optimizer.register_step_post_hook(lambda *_: averaged.update_parameters(model))
     path = directory / "checkpoint.pt"
     with sole_user(directory):
@@ -102,10 +104,9 @@ def train(
 
         if progress["step"] < config.steps:
             with progress_bar(label, config.steps, progress["step"], position=position) as bar:
-                measured = model if averaged is None else averaged.module
                 _go_on(model, measured, optimizer, task, config, progress, directory / "metrics.jsonl", save, bar)
         if averaged is not None:
-            model.load_state_dict(averaged.module.state_dict())
+            model.load_state_dict(measured.state_dict())
     return rows
 
 
