@@ -80,6 +80,7 @@ def cycle_navigation(
 
 
 PLUS, MINUS, TIMES, EQUALS = 1, 2, 3, 4
+LONGEST_MOTIF = 6  # digits
 
 
 def modular_arithmetic(
@@ -125,9 +126,6 @@ def modular_arithmetic(
     value = _evaluate(digits, operators, (length[:, 0] - 1) // 2, modulus)
     tokens = F.pad(tokens, (0, longest - 1 - tokens.shape[1]))
     return _asked(tokens, length, value[:, None] + EQUALS + 1)
-
-
-LONGEST_MOTIF = 6  # digits
 
 
 def _draw_skewed(skewed: Tensor, shape: int, values: int, generator: torch.Generator) -> Tensor:

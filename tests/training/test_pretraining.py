@@ -19,6 +19,7 @@ from hqlt.data import Loader, TokenShards, rows_for_evaluation
 from hqlt.files import sole_user
 from hqlt.stopping import Interrupted
 from hqlt.training import journal, pretraining, snapshots
+from hqlt.training.config import Curriculum
 from hqlt.training.distributed import Engine, World, known_warnings
 from hqlt.training.export import export_run
 from hqlt.training.journal import METRICS, SAMPLES, read_metrics
@@ -476,6 +477,13 @@ def test_a_disk_that_is_too_full_for_a_row_loses_nothing(tmp_path, data, monkeyp
 def test_bad_recipes_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         recipe(**changes)
+
+
+@pytest.mark.parametrize("change", [{"averaging": 0.9}, {"curriculum": Curriculum(start=1, stop=2, step=1)}], ids=list)
+def test_what_only_synthetic_tasks_have_is_refused(change):
+    plan = dataclasses.replace(recipe().training, **change)
+    with pytest.raises(ValueError, match=f"{next(iter(change))} has no effect on a language model; leave it out"):
+        dataclasses.replace(recipe(), training=plan)
 
 
 def test_what_does_not_fit_is_refused(tmp_path, data):
