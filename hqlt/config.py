@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+MLPS = ("swiglu", "gelu", "none")
 SCHEDULES = ("synchronous", "delayed_streaming", "delayed_chunk", "overlap")
 UPDATE_RULES = ("delta", "gated_delta", "linear")
 MIXERS = ("sum", "static_scalar", "dynamic_scalar", "dynamic_vector", "dynamic_vector_separate")
@@ -221,7 +222,8 @@ class ModelConfig:
         num_hidden_layers: number of blocks N.
         memory: one configuration for every block, or a tuple that repeats over the blocks (a layer-wise hybrid);
             its length divides ``num_hidden_layers``.
-        mlp: ``swiglu`` (no bias) or ``gelu`` (tanh approximation, biases; GPT-2).
+        mlp: ``swiglu`` (no bias), ``gelu`` (tanh approximation, biases; GPT-2) or ``none``, for every block, or a tuple
+            that repeats over the blocks, of one kind and ``none``.
         norm: ``rms`` or ``layer`` (with bias).
         position_embedding: ``none`` or ``sinusoidal`` (added to the inputs).
         hidden_ratio: MLP width in units of D. SwiGLU rounds D·ratio·2/3 up to a multiple of 256.
@@ -242,7 +244,7 @@ class ModelConfig:
     vocab_size: int = 256
     num_hidden_layers: int = 2
     memory: MemoryConfig | tuple[MemoryConfig, ...] = field(default_factory=MemoryConfig)
-    mlp: str = "swiglu"
+    mlp: str | tuple[str, ...] = "swiglu"
     norm: str = "rms"
     position_embedding: str = "none"
     hidden_ratio: float = 4.0
@@ -258,7 +260,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _integer("vocab_size", self.vocab_size, 1)
         _integer("num_hidden_layers", self.num_hidden_layers, 1)
-        _choice("mlp", self.mlp, ("swiglu", "gelu"))
         _choice("norm", self.norm, ("rms", "layer"))
         _choice("position_embedding", self.position_embedding, ("none", "sinusoidal"))
         if self.intermediate_size is not None:
@@ -270,6 +271,7 @@ class ModelConfig:
         _flag("rescale_residual", self.rescale_residual)
         _flag("tie_embeddings", self.tie_embeddings)
         self._check_memory()
+        self._check_mlp()
         self._check_ranges()
         if self.intermediate_size is not None and self.hidden_ratio != 4.0:
             raise ValueError(
@@ -284,16 +286,34 @@ class ModelConfig:
         for entry in pattern:
             if not isinstance(entry, MemoryConfig):
                 raise TypeError(f"memory must be a MemoryConfig or a tuple of them, not {type(entry).__name__}")
-        if not pattern or self.num_hidden_layers % len(pattern):
-            raise ValueError(
-                f"a pattern of {len(pattern)} memories does not fill num_hidden_layers={self.num_hidden_layers}; "
-                "make the number of layers a multiple of the pattern's length"
-            )
+        self._check_pattern("memories", pattern)
         widths = sorted({entry.hidden_size for entry in pattern})
         if len(widths) > 1:
             raise ValueError(f"all layers of a model share one hidden_size, but the memories have {widths}")
         if self.position_embedding == "sinusoidal" and self.hidden_size % 2:
             raise ValueError(f"sinusoidal positions need an even hidden_size, not {self.hidden_size}")
+
+    def _check_mlp(self) -> None:
+        if isinstance(self.mlp, list):
+            object.__setattr__(self, "mlp", tuple(self.mlp))
+        pattern = self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+        for entry in pattern:
+            _choice("mlp", entry, MLPS)
+        self._check_pattern("MLPs", pattern)
+        kinds = sorted(set(pattern) - {"none"})
+        if len(kinds) > 1:
+            raise ValueError(f"mlp={self.mlp!r} has {' and '.join(kinds)}; all MLPs of a model are of one kind")
+        if not kinds and self.intermediate_size is not None:
+            raise ValueError(
+                f"intermediate_size={self.intermediate_size} has no effect: no block has an MLP; leave it out"
+            )
+
+    def _check_pattern(self, what: str, pattern: tuple[Any, ...]) -> None:
+        if not pattern or self.num_hidden_layers % len(pattern):
+            raise ValueError(
+                f"a pattern of {len(pattern)} {what} does not fill num_hidden_layers={self.num_hidden_layers}; "
+                "make the number of layers a multiple of the pattern's length"
+            )
 
     def _check_ranges(self) -> None:
         used = {
@@ -315,16 +335,29 @@ class ModelConfig:
         return pattern * (self.num_hidden_layers // len(pattern))
 
     @property
+    def mlps(self) -> tuple[str, ...]:
+        """The kind of MLP of each block, in order."""
+        pattern = self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+        return pattern * (self.num_hidden_layers // len(pattern))
+
+    @property
+    def blocks(self) -> tuple[tuple[MemoryConfig, str], ...]:
+        """Memory and kind of MLP of each block, in order."""
+        return tuple(zip(self.memories, self.mlps, strict=True))
+
+    @property
     def hidden_size(self) -> int:
         """Model width D."""
         return self.memories[0].hidden_size
 
     @property
     def mlp_size(self) -> int:
-        """Inner width of the MLP."""
+        """Inner width of the MLPs, 0 where no block has one."""
+        if set(self.mlps) == {"none"}:
+            return 0
         if self.intermediate_size is not None:
             return self.intermediate_size
-        if self.mlp == "gelu":
+        if "gelu" in self.mlps:
             return int(self.hidden_size * self.hidden_ratio)
         return -(-int(self.hidden_size * self.hidden_ratio * 2 / 3) // 256) * 256
 
@@ -333,6 +366,8 @@ class ModelConfig:
         values = dataclasses.asdict(self)
         if isinstance(self.memory, tuple):
             values["memory"] = [entry.to_dict() for entry in self.memory]
+        if isinstance(self.mlp, tuple):
+            values["mlp"] = list(self.mlp)
         return values
 
     @classmethod

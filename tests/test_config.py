@@ -155,8 +155,9 @@ def test_memory_round_trip(config):
 
 @pytest.mark.parametrize("memory", [CONFIGS[0], (CONFIGS[0],), tuple(CONFIGS[:2])], ids=["one", "tuple", "pattern"])
 def test_model_round_trip(memory):
-    config = ModelConfig(vocab_size=77, num_hidden_layers=4, memory=memory, tie_embeddings=True, mlp="gelu")
-    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for mlp in ("gelu", ("swiglu", "none")):
+        config = ModelConfig(vocab_size=77, num_hidden_layers=4, memory=memory, tie_embeddings=True, mlp=mlp)
+        assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_unknown_fields_are_refused():
@@ -172,7 +173,11 @@ def test_unknown_fields_are_refused():
     ("options", "error", "match"),
     [
         ({"vocab_size": 0}, ValueError, "vocab_size=0 must be at least 1"),
-        ({"mlp": "relu"}, ValueError, "mlp='relu' is unknown; choose one of swiglu, gelu"),
+        ({"mlp": "relu"}, ValueError, "mlp='relu' is unknown; choose one of swiglu, gelu, none"),
+        ({"mlp": ()}, ValueError, "a pattern of 0 MLPs does not fill"),
+        ({"mlp": ("swiglu", "none", "none")}, ValueError, "a pattern of 3 MLPs does not fill num_hidden_layers=2"),
+        ({"mlp": ("gelu", "swiglu")}, ValueError, "has gelu and swiglu; all MLPs of a model are of one kind"),
+        ({"mlp": "none", "intermediate_size": 8}, ValueError, "intermediate_size=8 has no effect: no block has an MLP"),
         ({"norm": "batch"}, ValueError, "norm='batch' is unknown; choose one of rms, layer"),
         ({"position_embedding": "rope"}, ValueError, "position_embedding='rope' is unknown"),
         ({"memory": {}}, TypeError, "memory must be a MemoryConfig or a tuple of them, not dict"),

@@ -93,21 +93,21 @@ def parameter_counts(config: ModelConfig) -> ParameterCounts:
     ends = ParameterCounts(
         embedding=vocabulary, head=0 if config.tie_embeddings else vocabulary, norms=_norm_weights(config)
     )
-    return summed(ParameterCounts, [ends, *(block_parameters(config, memory) for memory in config.memories)])
+    return summed(ParameterCounts, [ends, *(block_parameters(config, *block) for block in config.blocks)])
 
 
-def block_parameters(config: ModelConfig, memory: MemoryConfig) -> ParameterCounts:
-    """Parameters of one block with this memory."""
+def block_parameters(config: ModelConfig, memory: MemoryConfig, mlp: str) -> ParameterCounts:
+    """Parameters of one block with this memory and kind of MLP."""
     width, heads, value_width = memory.hidden_size, memory.num_heads, memory.num_heads * memory.value_dim
     biases = (2 * heads * memory.key_dim + value_width + width) * memory.bias
     decay = 2 * heads * (memory.update_rule == "gated_delta")
-    mlp_biases = config.mlp_size + width if config.mlp == "gelu" else 0
+    mlp_biases = config.mlp_size + width if mlp == "gelu" else 0
     return ParameterCounts(
         projections=_projection_matrices(memory) + biases + decay,
         convolution=channels(memory) * memory.conv_size,
         mixer=2 if memory.mixer == "static_scalar" else _mixer_matrix(memory),
-        norms=2 * _norm_weights(config) + (memory.value_dim if memory.update_rule else 0),
-        mlp=_mlp_matrices(config) + mlp_biases,
+        norms=(1 if mlp == "none" else 2) * _norm_weights(config) + (memory.value_dim if memory.update_rule else 0),
+        mlp=_mlp_matrices(config, mlp) + mlp_biases,
     )
 
 
@@ -142,7 +142,7 @@ def forward_flops(config: ModelConfig, length: int, *, chunk_size: int | None = 
     """
     check_positive(length=length, **({} if chunk_size is None else {"chunk_size": chunk_size}))
     head = Flops(head=2 * config.hidden_size * config.vocab_size)
-    blocks = (_block_flops(config, memory, length, chunk_size) for memory in config.memories)
+    blocks = (_block_flops(config, *block, length, chunk_size) for block in config.blocks)
     return summed(Flops, [head, *blocks])
 
 
@@ -192,7 +192,7 @@ def summed(kind: type[Parts], parts: Iterable[Parts]) -> Parts:
     return kind(*(sum(column) for column in zip(*map(astuple, parts), strict=True)))
 
 
-def _block_flops(config: ModelConfig, memory: MemoryConfig, length: int, chunk_size: int | None) -> Flops:
+def _block_flops(config: ModelConfig, memory: MemoryConfig, mlp: str, length: int, chunk_size: int | None) -> Flops:
     key_value = memory.key_dim + memory.value_dim
     fast_weight = _recurrence_flops(memory) if chunk_size is None else _tile_flops(memory, length, chunk_size)
     return Flops(
@@ -201,7 +201,7 @@ def _block_flops(config: ModelConfig, memory: MemoryConfig, length: int, chunk_s
         kv_memory=2 * memory.num_heads * key_value * visible_keys(Schedule.of(memory), length),
         fw_memory=memory.num_heads * fast_weight,
         mixer=2 * _mixer_matrix(memory),
-        mlp=2 * _mlp_matrices(config),
+        mlp=2 * _mlp_matrices(config, mlp),
     )
 
 
@@ -262,8 +262,8 @@ def _mixer_matrix(memory: MemoryConfig) -> int:
     return memory.hidden_size * widths.get(memory.mixer, 0)
 
 
-def _mlp_matrices(config: ModelConfig) -> int:
-    return (3 if config.mlp == "swiglu" else 2) * config.hidden_size * config.mlp_size
+def _mlp_matrices(config: ModelConfig, mlp: str) -> int:
+    return {"swiglu": 3, "gelu": 2, "none": 0}[mlp] * config.hidden_size * config.mlp_size
 
 
 def _norm_weights(config: ModelConfig) -> int:

@@ -116,7 +116,7 @@ def training_bytes(
     """
     check_positive(micro_batch=micro_batch, length=length, devices=devices)
     count, tokens = parameter_counts(config), micro_batch * length
-    blocks = sorted(block_parameters(config, memory).total for memory in config.memories)
+    blocks = sorted(block_parameters(config, *block).total for block in config.blocks)
     used = count.total if devices == 1 else 2 * (count.total - sum(blocks) + sum(blocks[-2:]))
     activations = activation_bytes(
         config,
@@ -166,8 +166,8 @@ def activation_bytes(
     """
     residual_bytes = dtype_bytes if residual_bytes is None else residual_bytes
     check_positive(length=length, dtype_bytes=dtype_bytes, residual_bytes=residual_bytes)
-    width, memories = config.hidden_size, config.memories
-    blocks = [_block_bytes(config, memory, length, dtype_bytes, residual_bytes) for memory in memories]
+    width = config.hidden_size
+    blocks = [_block_bytes(config, *block, length, dtype_bytes, residual_bytes) for block in config.blocks]
     ends = width * (residual_bytes + dtype_bytes)  # what the final norm and the head take
     if not activation_checkpointing:
         return ends + sum(blocks)
@@ -194,14 +194,15 @@ def _logits_bytes(config: ModelConfig, tokens: int) -> float:
 
 
 def _block_bytes(
-    config: ModelConfig, memory: MemoryConfig, length: int, dtype_bytes: int, residual_bytes: int
+    config: ModelConfig, memory: MemoryConfig, mlp: str, length: int, dtype_bytes: int, residual_bytes: int
 ) -> float:
-    """Of a block and token: both norms take the residual stream, and what follows takes their results."""
+    """Of a block and token: norms take the residual stream, and what follows takes their results."""
     width = config.hidden_size
-    mlp = (4 if config.mlp == "swiglu" else 2) * config.mlp_size
-    kept = 2 * width + mlp + _projected(memory) + _attended(memory, length) + _mixed(memory)
+    norms = 1 if mlp == "none" else 2
+    inner = {"swiglu": 4, "gelu": 2, "none": 0}[mlp] * config.mlp_size
+    kept = norms * width + inner + _projected(memory) + _attended(memory, length) + _mixed(memory)
     wide = memory.num_heads * _written(memory)
-    return 2 * width * residual_bytes + kept * dtype_bytes + wide * max(FULL, dtype_bytes)
+    return norms * width * residual_bytes + kept * dtype_bytes + wide * max(FULL, dtype_bytes)
 
 
 def _projected(memory: MemoryConfig) -> int:

@@ -50,15 +50,17 @@ class GELU(nn.Module):
 
 
 class Block(nn.Module):
-    """x + memory(norm(x)), then x + mlp(norm(x))."""
+    """x + memory(norm(x)), then x + mlp(norm(x)) where the block has an MLP."""
 
-    def __init__(self, config: ModelConfig, memory: MemoryConfig) -> None:
+    def __init__(self, config: ModelConfig, memory: MemoryConfig, mlp: str) -> None:
         super().__init__()
         self.memory_norm = make_norm(config)
         self.memory = HybridMemory(memory)
-        self.mlp_norm = make_norm(config)
-        self.mlp: nn.Module = SwiGLU(config) if config.mlp == "swiglu" else GELU(config)
-        self.dropout = make_dropout(config.dropout)
+        self.has_mlp = mlp != "none"
+        if self.has_mlp:
+            self.mlp_norm = make_norm(config)
+            self.mlp: nn.Module = SwiGLU(config) if mlp == "swiglu" else GELU(config)
+            self.dropout = make_dropout(config.dropout)
 
     def forward(
         self, x: Tensor, state: MemoryState | None, segments: Segments | FixedSegments
@@ -66,4 +68,6 @@ class Block(nn.Module):
         """Packed tokens and one layer's state → the same after this block."""
         y, state = self.memory.advance(self.memory_norm(x), state, segments)
         x = x + y
+        if not self.has_mlp:
+            return x, state
         return x + self.dropout(self.mlp(self.mlp_norm(x))), state

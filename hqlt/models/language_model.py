@@ -41,7 +41,7 @@ class SequenceModel(nn.Module):
             raise TypeError(f"a model takes a ModelConfig, not {type(config).__name__}")
         self.config = config
         self.gradient_checkpointing = False
-        self.blocks = nn.ModuleList(Block(config, memory) for memory in config.memories)
+        self.blocks = nn.ModuleList(Block(config, memory, mlp) for memory, mlp in config.blocks)
         self.norm = make_norm(config)
         self.dropout = make_dropout(config.dropout)
         if type(self) is SequenceModel:

@@ -15,6 +15,6 @@ def parameters(config: ModelConfig) -> int:
 
 def matched(config: ModelConfig, target: ModelConfig) -> ModelConfig:
     """The configuration with the MLP width that comes nearest to the target's number of parameters."""
-    per_unit = 3 * config.hidden_size * config.num_hidden_layers  # SwiGLU: up, gate and down
+    per_unit = 3 * config.hidden_size * config.mlps.count("swiglu")  # up, gate and down
     more = round((parameters(target) - parameters(config)) / per_unit)
     return replace(config, hidden_ratio=4.0, intermediate_size=target.mlp_size + more)

@@ -53,7 +53,7 @@ def configurations(draw: st.DrawFn) -> ModelConfig:
         vocab_size=draw(st.sampled_from([1, 13])),
         num_hidden_layers=2,
         memory=tuple(pattern),
-        mlp=draw(st.sampled_from(["swiglu", "gelu"])),
+        mlp=draw(st.sampled_from(["swiglu", "gelu", ("swiglu", "none"), ("none", "gelu")])),
         norm=draw(st.sampled_from(["rms", "layer"])),
         intermediate_size=draw(st.sampled_from([10, 37])),
         tie_embeddings=draw(st.booleans()),

@@ -209,6 +209,18 @@ def test_a_block_is_memory_then_mlp_beside_residuals():
     assert_close(model(tokens)[0], logits)
 
 
+def test_a_block_without_mlp_is_memory_beside_a_residual():
+    model = small_model(num_hidden_layers=2, memory=HYBRID[0], mlp=("swiglu", "none"))
+    first, last = model.blocks
+    tokens = ids(2, 7)
+    x = model.embedding(tokens)
+    x = x + first.memory(first.memory_norm(x))[0]
+    x = x + first.mlp(first.mlp_norm(x))
+    x = x + last.memory(last.memory_norm(x))[0]
+    assert_close(model(tokens)[0], model.head(model.norm(x)))
+    assert not any(name.startswith("blocks.1.mlp") for name in model.state_dict())
+
+
 def test_the_gpt2_model_adds_sines_of_the_position():
     model = SequenceModel(GPT2).double()
     x = torch.randn(2, 9, 100).double()
