@@ -95,9 +95,6 @@ _CPU_MODULAR = replace(
         vocab_size=10,
         num_hidden_layers=3,
         memory=replace(_CPU_MEMORY, short_convolution=True),
-        # A last MLP rounds the value to the nearest digit, so that small errors of the state cost nothing in sequences
-        # as short as those of training.
-        mlp=("swiglu", "swiglu", "none"),
         intermediate_size=128,
         conv_initializer_range=0.3,
     ),
