@@ -19,7 +19,7 @@ HYBRID = (
 MODELS = {
     "default": {},
     "tied": {"tie_embeddings": True},
-    "hybrid": {"memory": HYBRID, "num_hidden_layers": 8},
+    "hybrid": {"memory": HYBRID, "num_hidden_layers": 8, "mlp": ("none", "swiglu")},
     "tied hybrid GPT-2": {
         "memory": HYBRID[:2],
         "tie_embeddings": True,

@@ -147,7 +147,8 @@ def test_a_model_with_missing_weights_gets_new_ones_for_those_only(tmp_path):
 
 
 def test_around_a_plain_model():
-    plain = LanguageModel(ModelConfig(vocab_size=VOCABULARY, num_hidden_layers=4, memory=HYBRID)).eval()
+    mlp = ("swiglu", "none")
+    plain = LanguageModel(ModelConfig(vocab_size=VOCABULARY, num_hidden_layers=4, memory=HYBRID, mlp=mlp)).eval()
     adapter = HQLTForCausalLM.of(plain, eos_token_id=END)
     assert adapter.model is plain
     assert not adapter.training
