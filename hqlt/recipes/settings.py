@@ -113,10 +113,22 @@ _CPU_MODULAR = replace(
     ),
     learning_rates=(3e-3,),
     batch_size=128,
+)
+_CPU_REFINED = replace(
+    _CPU_MODULAR,
+    # A last MLP rounds the value to the nearest digit, so that small errors of the state cost nothing in sequences as
+    # short as those of training.
+    model=replace(_CPU_MODULAR.model, mlp=("swiglu", "swiglu", "none")),
+    training=replace(
+        _CPU_MODULAR.training,
+        steps=8000,
+        # Of batches of one size every second is short and easy: the level follows the mean over the sizes.
+        curriculum=Curriculum(start=7, stop=40, step=2, below=0.25, smoothing=0.97),
+    ),
     refinement=Refinement(
         training=replace(
             CPU_TRAINING,
-            steps=1500,
+            steps=1000,
             learning_rate=4e-4,
             warmup_steps=50,
             weight_decay=0.0,
@@ -127,6 +139,7 @@ _CPU_MODULAR = replace(
         batch_size=512,
         trained=(27, 40),
     ),
+    differs="no MLP in the last block, slower growth, then 1000 steps of 512 sequences with a small learning rate",
 )
 _CPU_RECALL = Setting(
     task="state_based_recall",
@@ -235,6 +248,7 @@ _CPU_DIFFERING = {
         model=replace(_CPU_PARITY.model, beta_initializer_range=None),
         differs="projection of β drawn like the others (0.02)",
     ),
+    "modular_arithmetic_refined": _CPU_REFINED,
     "state_based_recall_plain_convolution": replace(
         _CPU_RECALL,
         model=replace(_CPU_RECALL.model, conv_initializer_range=None),
