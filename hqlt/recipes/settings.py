@@ -139,7 +139,7 @@ _CPU_REFINED = replace(
         batch_size=512,
         trained=(27, 40),
     ),
-    differs="no MLP in the last block, slower growth, then 1000 steps of 512 sequences with a small learning rate",
+    differs="no MLP in the last block, slower growth, a second stage",
 )
 _CPU_RECALL = Setting(
     task="state_based_recall",
