@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 MLPS = ("swiglu", "gelu", "none")
 SCHEDULES = ("synchronous", "delayed_streaming", "delayed_chunk", "overlap")
@@ -282,7 +284,7 @@ class ModelConfig:
     def _check_memory(self) -> None:
         if isinstance(self.memory, list):
             object.__setattr__(self, "memory", tuple(self.memory))
-        pattern = self.memory if isinstance(self.memory, tuple) else (self.memory,)
+        pattern = _pattern(self.memory)
         for entry in pattern:
             if not isinstance(entry, MemoryConfig):
                 raise TypeError(f"memory must be a MemoryConfig or a tuple of them, not {type(entry).__name__}")
@@ -296,7 +298,7 @@ class ModelConfig:
     def _check_mlp(self) -> None:
         if isinstance(self.mlp, list):
             object.__setattr__(self, "mlp", tuple(self.mlp))
-        pattern = self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+        pattern = _pattern(self.mlp)
         for entry in pattern:
             _choice("mlp", entry, MLPS)
         self._check_pattern("MLPs", pattern)
@@ -331,13 +333,13 @@ class ModelConfig:
     @property
     def memories(self) -> tuple[MemoryConfig, ...]:
         """The memory of each block, in order."""
-        pattern = self.memory if isinstance(self.memory, tuple) else (self.memory,)
+        pattern = _pattern(self.memory)
         return pattern * (self.num_hidden_layers // len(pattern))
 
     @property
     def mlps(self) -> tuple[str, ...]:
         """The kind of MLP of each block, in order."""
-        pattern = self.mlp if isinstance(self.mlp, tuple) else (self.mlp,)
+        pattern = _pattern(self.mlp)
         return pattern * (self.num_hidden_layers // len(pattern))
 
     @property
@@ -380,6 +382,11 @@ class ModelConfig:
         elif isinstance(memory, (list, tuple)):
             fields["memory"] = tuple(MemoryConfig.from_dict(m) if isinstance(m, Mapping) else m for m in memory)
         return cls(**fields)
+
+
+def _pattern(entries: T | tuple[T, ...]) -> tuple[T, ...]:
+    """What repeats over the blocks: a tuple, or one entry for all."""
+    return entries if isinstance(entries, tuple) else (entries,)
 
 
 def _known_fields(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

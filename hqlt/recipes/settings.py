@@ -87,6 +87,8 @@ _CPU_PARITY = Setting(
     trained=(3, 40),
     tested=(40, 256),
 )
+# Models see tokens as fast as they learn: with even growth those that are slow learn nothing at all.
+_CPU_GROWTH = Curriculum(start=7, stop=40, step=2, below=0.25, smoothing=0.9)
 _CPU_MODULAR = replace(
     _CPU_PARITY,
     task="modular_arithmetic",
@@ -108,8 +110,7 @@ _CPU_MODULAR = replace(
         # Single updates turn the state by angles that add up over hundreds of tokens; their average does not.
         averaging=0.998,
         evaluate_every=1000,
-        # Models see tokens as fast as they learn: with even growth those that are slow learn nothing at all.
-        curriculum=Curriculum(start=7, stop=40, step=2, below=0.25, smoothing=0.9),
+        curriculum=_CPU_GROWTH,
     ),
     learning_rates=(3e-3,),
     batch_size=128,
@@ -123,7 +124,7 @@ _CPU_REFINED = replace(
         _CPU_MODULAR.training,
         steps=8000,
         # Of batches of one size every second is short and easy: the level follows the mean over the sizes.
-        curriculum=Curriculum(start=7, stop=40, step=2, below=0.25, smoothing=0.97),
+        curriculum=replace(_CPU_GROWTH, smoothing=0.97),
     ),
     refinement=Refinement(
         training=replace(
