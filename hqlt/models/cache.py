@@ -167,6 +167,11 @@ class HQLTCache(Cache):
         return False
 
     @property
+    def is_linear(self) -> list[bool]:
+        """False for every layer: the columns seen are left out of a prompt that repeats them."""
+        return [False] * len(self)
+
+    @property
     def is_initialized(self) -> bool:
         """Whether the cache holds a state."""
         return self._state is not None

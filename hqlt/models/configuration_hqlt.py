@@ -26,7 +26,7 @@ class HQLTConfig(PreTrainedConfig):
 
     model_type = "hqlt"
     attribute_map = {"tie_word_embeddings": "tie_embeddings"}  # noqa: RUF012
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache"]  # noqa: RUF012
 
     def __init__(self, *, use_cache: bool = True, **values: Any) -> None:
         if "tie_word_embeddings" in values:

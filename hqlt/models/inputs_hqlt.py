@@ -20,7 +20,7 @@ def own_cache(cache: Cache | None) -> HQLTCache | None:
     if cache is None or isinstance(cache, HQLTCache):
         return cache
     raise TypeError(
-        f"past_key_values must be an HQLTCache, not {type(cache).__name__}: this model has two memories; "
+        f"cache must be an HQLTCache, not {type(cache).__name__}: this model has two memories; "
         "pass HQLTCache() or leave it out"
     )
 

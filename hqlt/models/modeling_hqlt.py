@@ -21,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from hqlt.layers.linear import Linear
 from hqlt.layers.state import ModelState
@@ -28,6 +29,8 @@ from hqlt.models.cache import HQLTCache
 from hqlt.models.configuration_hqlt import HQLTConfig
 from hqlt.models.inputs_hqlt import new_mask, own_cache, packed_borders
 from hqlt.models.language_model import IGNORE, LanguageModel, shifted
+
+_takes_old_name = deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # as the models of transformers do
 
 
 class HQLTPreTrainedModel(PreTrainedModel):
@@ -38,7 +41,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache"]  # noqa: RUF012
     config: HQLTConfig
     model: LanguageModel
 
@@ -76,7 +79,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         cu_seqlens: Tensor | None,
         hidden_states: list[Tensor] | None,
     ) -> tuple[Tensor, ModelState, Tensor | None]:
@@ -87,7 +90,7 @@ class HQLTPreTrainedModel(PreTrainedModel):
             self.model.check_ids(input_ids)
             inputs_embeds = self.model.embedding(input_ids)
         assert inputs_embeds is not None
-        past = own_cache(past_key_values)
+        past = own_cache(cache)
         mask = new_mask(attention_mask, inputs_embeds.shape[:2], past)
         state = None if past is None else past.state
         if past is not None and state is None and past.is_croppable:
@@ -125,11 +128,12 @@ class HQLTModel(HQLTPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @_takes_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -141,11 +145,11 @@ class HQLTModel(HQLTPreTrainedModel):
         cu_seq_lens_q = packed_borders(cu_seq_lens_q, packing)
         layers = self._collected(output_hidden_states, output_attentions)
         hidden, state, mask = self._run(
-            input_ids, inputs_embeds, attention_mask, past_key_values, cu_seq_lens_q, layers
+            input_ids, inputs_embeds, attention_mask, cache, cu_seq_lens_q, layers
         )  # fmt: skip
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache, mask is not None),
+            cache=self._next_cache(cache, state, hidden.shape[1], use_cache, mask is not None),
             hidden_states=_with_last(layers, hidden),
         )
 
@@ -183,11 +187,12 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         self.model.head.weight = new_embeddings.weight
 
     @can_return_tuple
+    @_takes_old_name
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -204,7 +209,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, T] token ids; or ``inputs_embeds`` [B, T, D] in their place.
             attention_mask: 1 at real tokens, for the new ones [B, T] or for all since the cache was empty.
-            past_key_values: the :class:`HQLTCache` of an earlier call, which is advanced in place.
+            cache: the :class:`HQLTCache` of an earlier call, which is advanced in place.
             labels: [B, T], −100 is ignored; shifted here.
             use_cache: whether to return the cache, advanced; by default if one is given, and in evaluation mode.
             output_hidden_states: also return what enters each block, and the last hidden states.
@@ -225,15 +230,15 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         if isinstance(logits_to_keep, int) and logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be a number of positions, 0 for all, or a tensor")
         if (
-            past_key_values is not None
+            cache is not None
             and use_cache is not False
             and (inputs_embeds, labels, layers, cu_seq_lens_q) == (None,) * 4
         ):
-            logits = self._compiled_step(input_ids, attention_mask, past_key_values)
+            logits = self._compiled_step(input_ids, attention_mask, cache)
             if logits is not None:
-                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                return CausalLMOutputWithPast(logits=logits, cache=cache)
         hidden, state, mask = self._run(
-            input_ids, inputs_embeds, attention_mask, past_key_values, cu_seq_lens_q, layers
+            input_ids, inputs_embeds, attention_mask, cache, cu_seq_lens_q, layers
         )  # fmt: skip
         loss = None
         if labels is not None:
@@ -249,7 +254,7 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=None if skip else self.model.head(hidden[:, kept]),
-            past_key_values=self._next_cache(past_key_values, state, hidden.shape[1], use_cache, mask is not None),
+            cache=self._next_cache(cache, state, hidden.shape[1], use_cache, mask is not None),
             hidden_states=_with_last(layers, hidden),
         )
 
@@ -272,26 +277,26 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *rest: Any
     ) -> None:
-        own_cache(model_kwargs.get("past_key_values"))
+        own_cache(model_kwargs.get("cache"))
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest)
         if generation_config.use_cache is False:
             return
         if generation_config.cache_implementation is not None:
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} is not for this model, whose memory "
-                "has a fixed size; for compiled steps pass past_key_values=HQLTCache(decoder=hqlt.Decoder(model.model))"
+                "has a fixed size; for compiled steps pass cache=HQLTCache(decoder=hqlt.Decoder(model.model))"
             )
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HQLTCache()
+        if model_kwargs.get("cache") is None:
+            model_kwargs["cache"] = HQLTCache()
         if generation_config.is_assistant:
-            model_kwargs["past_key_values"].activate_past_recording()
+            model_kwargs["cache"].activate_past_recording()
 
     # Whether the tokens of a cache that is given have yet to be left out of the prompt: transformers does so in all
     # kinds of generation but this one.
     _assisted = False
 
     def _assisted_decoding(self, *arguments: Any, **options: Any) -> Any:
-        cache = own_cache(options.get("past_key_values"))
+        cache = own_cache(options.get("cache"))
         recorded = cache is not None and cache.is_croppable
         self._assisted = True
         try:
@@ -301,19 +306,20 @@ class HQLTForCausalLM(HQLTPreTrainedModel, GenerationMixin):
             if cache is not None and not recorded:
                 cache.deactivate_past_recording()
 
+    @_takes_old_name
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,  # under this name: ``generate`` looks for it
     ) -> dict[str, Any]:
         """What one step of ``generate`` passes to :meth:`forward`."""
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+        seen = 0 if cache is None else cache.get_seq_length()
         if self._assisted and kwargs.get("is_first_iteration") and next_sequence_length is None and seen:
             next_sequence_length = input_ids.shape[1] - seen
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, past_key_values=past_key_values, **kwargs
+            input_ids, next_sequence_length=next_sequence_length, cache=cache, **kwargs
         )
         return inputs
 

@@ -224,13 +224,13 @@ def test_forward_is_the_plain_model():
     assert len(out.hidden_states) == 5
     assert torch.equal(model.model.head(out.hidden_states[-1]), expected)
     assert torch.equal(out.hidden_states[0], model.get_input_embeddings()(tokens))
-    assert out.past_key_values.get_seq_length() == 11
-    for mine, theirs in zip(out.past_key_values.state.layers, state.layers, strict=True):
+    assert out.cache.get_seq_length() == 11
+    for mine, theirs in zip(out.cache.state.layers, state.layers, strict=True):
         assert all(torch.equal(x, theirs.tensors()[name]) for name, x in mine.tensors().items())
     assert_close(model(tokens, logits_to_keep=1).logits, expected[:, -1:], 1e-6)
     assert_close(model(tokens, logits_to_keep=torch.tensor([2, 7])).logits, expected[:, [2, 7]], 1e-6)
     assert torch.equal(model(tokens, return_dict=False)[0], expected)
-    assert model(tokens, use_cache=False).past_key_values is None
+    assert model(tokens, use_cache=False).cache is None
 
 
 def test_hidden_states_of_padded_rows_lie_where_the_tokens_do():
@@ -257,7 +257,7 @@ def test_the_loss_and_its_gradient():
     model.train()
     trained = model(**batch, labels=labels)
     assert trained.logits is None
-    assert trained.past_key_values is None
+    assert trained.cache is None
     assert model(**batch, labels=labels, skip_logits=False).logits is not None
 
 
@@ -342,10 +342,10 @@ def test_a_micro_batch_without_a_target():
 
 def test_training_over_segments_of_a_text():
     model, tokens, cache = make().double().train(), ids(1, 12), HQLTCache()
-    first = model(tokens[:, :6], labels=tokens[:, :6], past_key_values=cache)
-    assert first.past_key_values is cache
+    first = model(tokens[:, :6], labels=tokens[:, :6], cache=cache)
+    assert first.cache is cache
     assert cache.get_seq_length() == 6
-    second = model(tokens[:, 6:], past_key_values=cache, skip_logits=False)
+    second = model(tokens[:, 6:], cache=cache, skip_logits=False)
     assert_close(second.logits, model(tokens, use_cache=False).logits[:, 6:])
 
 
@@ -368,7 +368,7 @@ def test_cached_logits_are_uncached_logits(memory):
     assert_close(torch.stack(out.logits, 1), whole, 1e-5)
     again = model.generate(prompt, never_ending(max_new_tokens=16, use_cache=False))
     assert torch.equal(out.sequences, again)
-    assert out.past_key_values.get_seq_length() == 22
+    assert out.cache.get_seq_length() == 22
 
 
 @pytest.mark.parametrize("memory", MEMORIES.values(), ids=MEMORIES)
@@ -396,7 +396,7 @@ def test_turns_of_a_conversation():
     for turn in turns:
         text = torch.cat([text, turn], 1)
         expected = model.generate(text, never_ending())
-        answer = model.generate(text, never_ending(), past_key_values=cache)
+        answer = model.generate(text, never_ending(), cache=cache)
         assert torch.equal(answer, expected)
         assert cache.get_seq_length() == answer.shape[1] - 1
         text = answer
@@ -404,13 +404,11 @@ def test_turns_of_a_conversation():
 
 def test_a_fork_goes_its_own_way():
     model, prompt, first, second = make(), ids(2, 6), ids(2, 3), ids(2, 2)
-    cache = model(prompt).past_key_values
+    cache = model(prompt).cache
     forks = [copy.deepcopy(cache), HQLTCache(cache.state, cache.get_seq_length())]
     for fork, turn in zip(forks, (first, second), strict=True):
         text = torch.cat([prompt, turn], 1)
-        assert torch.equal(
-            model.generate(text, never_ending(), past_key_values=fork), model.generate(text, never_ending())
-        )
+        assert torch.equal(model.generate(text, never_ending(), cache=fork), model.generate(text, never_ending()))
     assert cache.get_seq_length() == 6
     assert forks[0].get_seq_length() == 20
 
@@ -477,14 +475,14 @@ def test_speculative_decoding_is_greedy_decoding(memory):
         {"assistant_model": draft},
         {"assistant_model": copy.deepcopy(model)},
         {"prompt_lookup_num_tokens": 3},
-        {"prompt_lookup_num_tokens": 3, "past_key_values": kept},
+        {"prompt_lookup_num_tokens": 3, "cache": kept},
     ):
         assert torch.equal(
             model.generate(prompt, do_sample=False, max_new_tokens=30, **options),
             expected,
         )
     more = torch.cat([expected, ids(1, 3)], 1)
-    assert torch.equal(model.generate(more, never_ending(), past_key_values=kept), model.generate(more, never_ending()))
+    assert torch.equal(model.generate(more, never_ending(), cache=kept), model.generate(more, never_ending()))
 
 
 @pytest.mark.parametrize("name", ["synchronous-delta-rope", "delayed_chunk-gated_delta-none", "four kinds"])
@@ -495,7 +493,7 @@ def test_speculative_turns_of_a_conversation(name):
         for turn in (ids(1, 6), ids(1, 3), ids(1, 1)):
             text = torch.cat([text, turn], 1)
             expected = model.generate(text, **GREEDY)
-            text = model.generate(text, **GREEDY, **options, past_key_values=cache)
+            text = model.generate(text, **GREEDY, **options, cache=cache)
             assert torch.equal(text, expected)
             assert cache.get_seq_length() == text.shape[1] - 1
             assert not cache.is_croppable
@@ -509,18 +507,16 @@ def test_steps_of_a_decoder(name):
     model, prompts = make(MEMORIES[name]), [ids(1, n)[0] for n in (3, 9)]
     expected = model.generate(**padded(prompts), generation_config=never_ending())
     cache = HQLTCache(decoder=Decoder(model.model, compile=False))
-    assert torch.equal(
-        model.generate(**padded(prompts), generation_config=never_ending(), past_key_values=cache), expected
-    )
+    assert torch.equal(model.generate(**padded(prompts), generation_config=never_ending(), cache=cache), expected)
     assert cache.get_seq_length() == expected.shape[1] - 1
     assert cache._load is not None
-    plain = model(expected[1:, :-1]).past_key_values.state
+    plain = model(expected[1:, :-1]).cache.state
     for mine, theirs in zip(cache.state.select(torch.tensor([1])).layers, plain.layers, strict=True):
         assert_close(mine.fast_weight, theirs.fast_weight, 1e-5)
     beams = model.generate(**padded(prompts), generation_config=never_ending(num_beams=3))
     cache = HQLTCache(decoder=Decoder(model.model, compile=False))
     assert torch.equal(
-        model.generate(**padded(prompts), generation_config=never_ending(num_beams=3), past_key_values=cache), beams
+        model.generate(**padded(prompts), generation_config=never_ending(num_beams=3), cache=cache), beams
     )
 
 
@@ -529,38 +525,50 @@ def test_a_decoder_serves_one_cache_at_a_time():
     decoder = Decoder(model.model, compile=False)
     caches = [HQLTCache(decoder=decoder), HQLTCache(decoder=decoder)]
     for cache in caches:
-        model.generate(prompt, never_ending(), past_key_values=cache)
+        model.generate(prompt, never_ending(), cache=cache)
     with pytest.raises(RuntimeError, match="the decoder was given to another text meanwhile"):
         _ = caches[0].state
     fork = copy.deepcopy(caches[1])
     text = model.generate(prompt, never_ending())
     for cache in (fork, caches[1]):
-        again = model.generate(torch.cat([text, prompt], 1), never_ending(), past_key_values=cache)
+        again = model.generate(torch.cat([text, prompt], 1), never_ending(), cache=cache)
         assert torch.equal(again, model.generate(torch.cat([text, prompt], 1), never_ending()))
     length = caches[1].get_seq_length()
-    assert model(prompt[:, :1], past_key_values=caches[1], use_cache=False).past_key_values is None
+    assert model(prompt[:, :1], cache=caches[1], use_cache=False).cache is None
     assert caches[1].get_seq_length() == length
     stranger = HQLTCache(decoder=Decoder(make(MEMORIES["synchronous-delta-rope"], 9).model, compile=False))
     with pytest.raises(ValueError, match="the decoder of the cache belongs to another model"):
-        model.generate(prompt, never_ending(), past_key_values=stranger)
+        model.generate(prompt, never_ending(), cache=stranger)
 
 
 # Errors
 
 
+def test_old_name_of_the_cache():
+    """What was written for transformers before 5.24, which called the cache past_key_values."""
+    model, tokens = make(), ids(2, 9)
+    cache = model(tokens[:, :6]).past_key_values
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        after = model(tokens[:, 6:8], past_key_values=cache).logits
+    assert_close(after, model(tokens[:, :8]).logits[:, 6:], 1e-5)
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+        text = model.generate(tokens, never_ending(), past_key_values=cache)
+    assert torch.equal(text, model.generate(tokens, never_ending()))
+
+
 def test_what_does_not_fit():
     model, tokens = make(), ids(2, 5)
     with pytest.raises(TypeError, match="must be an HQLTCache, not DynamicCache"):
-        model(tokens, past_key_values=DynamicCache())
-    other = make(HYBRID[:2])(tokens).past_key_values
+        model(tokens, cache=DynamicCache())
+    other = make(HYBRID[:2])(tokens).cache
     with pytest.raises(ValueError, match="the state has 2 layers but the model has 4"):
-        model(tokens, past_key_values=other)
-    other = make(MEMORIES["delayed_chunk-delta-rope"])(tokens).past_key_values
+        model(tokens, cache=other)
+    other = make(MEMORIES["delayed_chunk-delta-rope"])(tokens).cache
     with pytest.raises(ValueError, match="comes from another configuration"):
-        make(MEMORIES["synchronous-delta-rope"])(tokens, past_key_values=other)
-    cache = model(tokens).past_key_values
+        make(MEMORIES["synchronous-delta-rope"])(tokens, cache=other)
+    cache = model(tokens).cache
     with pytest.raises(ValueError, match="the state holds 2 documents but the input has 3"):
-        model(ids(3, 5), past_key_values=cache)
+        model(ids(3, 5), cache=cache)
     assert cache.get_seq_length() == 5
     with pytest.raises(ValueError, match="has a hole"):
         model(tokens, attention_mask=torch.tensor([[1, 0, 1, 1, 1]] * 2))
@@ -586,8 +594,8 @@ def test_what_does_not_fit():
         model(tokens, position_ids=torch.arange(5).expand(2, -1))
     with pytest.raises(ValueError, match="output_attentions: there are no attention weights"):
         model(tokens, output_attentions=True)
-    with pytest.raises(TypeError, match="past_key_values must be an HQLTCache, not ModelState"):
-        model.generate(tokens, never_ending(), past_key_values=cache.state)
+    with pytest.raises(TypeError, match="cache must be an HQLTCache, not ModelState"):
+        model.generate(tokens, never_ending(), cache=cache.state)
     with pytest.raises(TypeError, match="state must be a ModelState, not HQLTForCausalLM"):
         HQLTCache(model)
     for both in ({}, {"input_ids": tokens, "inputs_embeds": torch.ones(2, 5, 16)}):
@@ -601,21 +609,21 @@ def test_rows_that_ended_are_not_continued():
     model, prompt, cache = make(), ids(2, 5), HQLTCache()
     free = model.generate(prompt, **GREEDY)
     end = next(int(a) for a, b in zip(free[0, 5:9], free[1, 5:9], strict=True) if a not in free[1])
-    text = model.generate(prompt, **GREEDY, eos_token_id=end, pad_token_id=PAD, past_key_values=cache)
+    text = model.generate(prompt, **GREEDY, eos_token_id=end, pad_token_id=PAD, cache=cache)
     text = torch.cat([text, ids(2, 3)], 1)
     with pytest.raises(ValueError, match=r"past tokens of row 0 as real but the cache has read 12: .* start a row"):
-        model.generate(text, attention_mask=(text != PAD).long(), **GREEDY, past_key_values=cache)
+        model.generate(text, attention_mask=(text != PAD).long(), **GREEDY, cache=cache)
 
 
 def test_columns_with_pads_are_not_cropped():
     model, cache = make(), HQLTCache()
     cache.activate_past_recording()
     mask = torch.tensor([[1] * 6 + [0] * 2, [1] * 8])
-    model(ids(2, 8), attention_mask=mask, past_key_values=cache)
+    model(ids(2, 8), attention_mask=mask, cache=cache)
     with pytest.raises(ValueError, match=r"crop\(-2\): only the last 0 columns are free of pads"):
         cache.crop(-2)
     for _ in range(3):
-        model(ids(2, 1), past_key_values=cache)
+        model(ids(2, 1), cache=cache)
     cache.crop(-2)
     assert cache.state.position.tolist() == [7, 9]
     assert cache.get_seq_length() == 9
@@ -623,12 +631,12 @@ def test_columns_with_pads_are_not_cropped():
 
 def test_caches_that_cannot_be_cropped():
     model, tokens = make(), ids(1, 9)
-    cache = model(tokens).past_key_values
+    cache = model(tokens).cache
     assert not cache.is_croppable
     with pytest.raises(ValueError, match="the state is not tracked"):
         cache.crop(-2)
     cache.activate_past_recording()
-    model(tokens, past_key_values=cache)
+    model(tokens, cache=cache)
     with pytest.raises(ValueError, match="cannot take back 10 tokens"):
         cache.crop(-10)
     with pytest.raises(ValueError, match=r"crop\(3\): pass the negative number"):
@@ -636,7 +644,7 @@ def test_caches_that_cannot_be_cropped():
     cache.crop(-4)
     assert cache.get_seq_length() == 14
     text = torch.cat([tokens, tokens[:, :5]], 1)
-    assert_close(model(tokens, past_key_values=cache).logits, model(torch.cat([text, tokens], 1)).logits[:, 14:], 1e-5)
+    assert_close(model(tokens, cache=cache).logits, model(torch.cat([text, tokens], 1)).logits[:, 14:], 1e-5)
 
 
 # Fine-tuning
