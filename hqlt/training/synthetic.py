@@ -102,10 +102,11 @@ def train_stages(
     The second stage has the folder ``refinement`` of its own. Its rows count steps, tokens and seconds on.
     """
     rows: list[Metrics] = []
-    for stage, folder in zip(recipe.stages, (directory, directory / "refinement"), strict=False):
+    stages = zip(recipe.stages, (directory, directory / "refinement"), (label, f"{label} refinement"), strict=False)
+    for stage, folder, name in stages:
         before = rows[-1] if rows else {"step": 0, "tokens": 0, "seconds": 0.0}
-        found = train(model, synthetic_task(stage), stage.training, folder, label, position)
-        rows += [{**row, **{name: row[name] + before[name] for name in ("step", "tokens", "seconds")}} for row in found]
+        found = train(model, synthetic_task(stage), stage.training, folder, name, position)
+        rows += [{**row, **{key: row[key] + before[key] for key in ("step", "tokens", "seconds")}} for row in found]
     return rows
 
 
