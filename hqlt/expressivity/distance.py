@@ -22,18 +22,22 @@ WITHOUT = {"none": "", "kv": " without KV read", "fw": " without FW read"}
 def distance_tables(rows: list[Row]) -> dict[str, str]:
     """Recalled pairs (%) by distance, median ± median absolute deviation, and the paper's table 4, as Markdown."""
     lines = []
+    bins: dict[float, str] = {}
     for window, model, lesion, found in _cells(rows):
         points = [dict(row["by_distance"][lesion]) for row in found]
         cells = {distance: Summary.of([of[distance] for of in points]) for distance in points[0]}
+        bins |= {distance: f"≤ {distance:,.0f}" for distance in cells}
         lines.append({
             "window": "–" if model in WINDOWLESS else str(window),
             "model": f"{model}{WITHOUT[lesion]}",
-            **{f"≤ {distance:.0f}": str(cell) for distance, cell in cells.items()},
+            **{bins[distance]: str(cell) for distance, cell in cells.items()},
             "state KiB": f"{found[0]['config']['state_kib']:,.1f}",
             "seeds": str(len(found)),
         })  # fmt: skip
     reported = markdown_table(PAPER["table4"].rows({"here: not run": {}}))
-    return {"paper": reported, RECALL: markdown_table(list({tuple(line.items()): line for line in lines}.values()))}
+    columns = ("window", "model", *(bins[distance] for distance in sorted(bins)), "state KiB", "seeds")
+    once = list({tuple(line.items()): line for line in lines}.values())
+    return {"paper": reported, RECALL: markdown_table(once, columns)}
 
 
 def distance_figures(rows: list[Row]) -> dict[str, Figure]:
@@ -51,10 +55,14 @@ def distance_figures(rows: list[Row]) -> dict[str, Figure]:
 
 
 def _cells(rows: list[Row]) -> Iterator[tuple[int, str, str, list[Row]]]:
-    """Window, model, lesion and rows; a model without a window stands beside every window."""
+    """Window, model, lesion and rows; a model without a window stands beside every window of its task."""
     by_setting = {name: selected(rows, RECALL, name) for name in PRESETS[RECALL]}
-    windowless = {model: of for cells in by_setting.values() for model, of in cells.items() if model in WINDOWLESS}
+    windowless: dict[str, dict[str, list[Row]]] = {}
     for name, cells in by_setting.items():
-        for model, found in (windowless | cells).items():
+        alone = {model: found for model, found in cells.items() if model in WINDOWLESS}
+        windowless.setdefault(PRESETS[RECALL][name].task, {}).update(alone)
+    for name, cells in by_setting.items():
+        setting = PRESETS[RECALL][name]
+        for model, found in (windowless[setting.task] | cells).items():
             for lesion in found[0]["by_distance"] if cells else ():
-                yield PRESETS[RECALL][name].memory.window or 0, model, lesion, found
+                yield setting.memory.window or 0, model, lesion, found

@@ -185,6 +185,8 @@ _CPU_FAR = replace(
     test_samples=64,
     distances=(16, 32, 64, 128, 256, 512),
 )
+# A window of 1024 has something beyond it only in longer sequences.
+_CPU_FARTHER = replace(_CPU_FAR, task="mqar_far_2048", batch_size=8, distances=(*_CPU_FAR.distances, 1024, 2048))
 # A published run clips nothing, decays all parameters (here: matrices) and computes in bfloat16 (here: float32). The
 # cosine of modular arithmetic was planned for five times the steps, so that half of the run is warm-up.
 _PAPER_PARITY = Setting(
@@ -257,7 +259,10 @@ PRESETS: dict[str, dict[str, Setting]] = {
         **{f"mqar_{heads}_{window}": _mqar(heads, window) for heads, window in ((4, 8), (4, 32), (1, 8), (1, 32))},
         **_CPU_DIFFERING,
     },
-    RECALL: {f"window_{window}": _CPU_FAR.with_memory(window=window) for window in (16, 64, 256)},
+    RECALL: {
+        **{f"window_{window}": _CPU_FAR.with_memory(window=window) for window in (16, 64, 256)},
+        "window_1024": _CPU_FARTHER.with_memory(window=1024),
+    },
     "paper": {
         "parity": _PAPER_PARITY,
         "modular_arithmetic": replace(

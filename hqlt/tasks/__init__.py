@@ -8,5 +8,6 @@ TASKS: dict[str, SyntheticTask] = {
     **FORMAL_TASKS,
     "mqar": mqar_task(32, vocab_size=128),
     "mqar_far": mqar_task(16, vocab_size=128, length=512, power=1.0),
+    "mqar_far_2048": mqar_task(16, vocab_size=128, length=2048, power=1.0),
     "state_based_recall": state_based_recall_task(),
 }

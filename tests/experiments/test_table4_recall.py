@@ -97,6 +97,26 @@ def test_a_model_without_a_window_stands_beside_every_window():
         assert mark.get_xdata() == [window, window]
 
 
+def test_longer_sequences_have_columns_and_models_of_their_own():
+    rows = [
+        row("deltanet", 16, 0, none=[[16, 10.0], [512, 5.0]]),
+        row("synchronous", 16, 0, none=[[16, 90.0], [512, 80.0]]),
+        row("synchronous", 1024, 0, none=[[16, 70.0], [2048, 60.0]]),
+    ]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in distance_tables(merge([], rows))[RECALL].splitlines()
+    ]
+    assert lines[0] == ["window", "model", "≤ 16", "≤ 512", "≤ 2,048", "state KiB", "seeds"]
+    assert [line[:5] for line in lines[2:]] == [
+        ["–", "deltanet", "10.0", "5.0", ""],
+        ["16", "synchronous", "90.0", "80.0", ""],
+        ["1024", "synchronous", "70.0", "", "60.0"],
+    ]
+    (figure,) = distance_figures(rows).values()
+    assert [len(axes.lines) for axes in figure.axes] == [3, 2]  # with the mark of the window
+
+
 def test_the_results_that_are_kept_make_the_table_that_is_kept(tmp_path, monkeypatch):
     shutil.copytree(FOLDER, tmp_path / "copy")
     assert call(monkeypatch, "report", "--runs", tmp_path / "none", "--output", tmp_path / "copy") == 0
