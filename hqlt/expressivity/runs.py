@@ -17,8 +17,9 @@ from hqlt.recipes.settings import RECALL, Setting
 from hqlt.results import Row, provenance
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import SyntheticTask, accuracy_by_size, random_numbers
+from hqlt.training.loop import train
 from hqlt.training.sweep import Run
-from hqlt.training.synthetic import band_name, overall, train_stages
+from hqlt.training.synthetic import band_name, overall, synthetic_task
 
 LESIONS = ("none", "kv", "fw")
 
@@ -71,7 +72,7 @@ def _run(
     task = TASKS[setting.task]
     network = recipe.build().to(device)
     label = f"{name} {model} {learning_rate:g} seed {seed}"
-    rows = train_stages(network, recipe, folder, label, position)
+    rows = train(network, synthetic_task(recipe), recipe.training, folder, label, position)
     network.eval()
     found = accuracy_by_size(network, task, list(recipe.bands), setting.test_samples, split="test")
     values = [task.score(band.accuracy) for band in found]
@@ -89,7 +90,7 @@ def _run(
             "config": {
                 "preset": preset,
                 "learning_rate": learning_rate,
-                "steps": rows[-1]["step"],
+                "steps": recipe.training.steps,
                 "batch_size": recipe.batch_size,
                 "parameters": parameters(recipe.model),
                 "state_kib": _state_size(network, task, setting.tested[1]) / 1024,

@@ -96,7 +96,6 @@ def expressivity(
         batch_size=setting.batch_size,
         practice=setting.practice,
         equal_sizes=setting.equal_sizes,
-        refinement=setting.refinement,
         trained=trained,
         bands=tuple(bands),
         validation_samples=setting.validation_samples,

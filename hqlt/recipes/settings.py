@@ -11,7 +11,6 @@ from typing import Any
 
 from hqlt.config import MemoryConfig, ModelConfig
 from hqlt.training.config import Curriculum, TrainingConfig
-from hqlt.training.synthetic import Refinement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class Setting:
             MLP.
         training: with any learning rate and seed.
         learning_rates: to choose from by validation.
-        batch_size, trained, practice, equal_sizes, refinement: as in :class:`hqlt.training.synthetic.SyntheticRecipe`.
+        batch_size, trained, practice, equal_sizes: as in :class:`hqlt.training.synthetic.SyntheticRecipe`.
         tested: smallest and largest size of the validation and test samples.
         bands: parts of the tested sizes; smaller ones are measured in two more.
         validation_samples, test_samples: in each band.
@@ -49,7 +48,6 @@ class Setting:
     differs: str = ""
     practice: str | None = None
     equal_sizes: bool = False
-    refinement: Refinement | None = None
 
     @property
     def memory(self) -> MemoryConfig:
@@ -117,20 +115,6 @@ _CPU_MODULAR = replace(
     ),
     learning_rates=(3e-3,),
     batch_size=128,
-    refinement=Refinement(
-        training=replace(
-            CPU_TRAINING,
-            steps=1000,
-            learning_rate=4e-4,
-            warmup_steps=50,
-            weight_decay=0.0,
-            averaging=0.995,
-            evaluate_every=250,
-            curriculum=None,
-        ),
-        batch_size=512,
-        trained=(27, 40),
-    ),
 )
 _CPU_RECALL = Setting(
     task="state_based_recall",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,25 +12,7 @@ from hqlt.models.language_model import LanguageModel
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import BandAccuracy, SyntheticTask, accuracy_by_size, random_numbers
 from hqlt.training.config import TrainingConfig
-from hqlt.training.loop import Metrics, Task, train
-
-
-@dataclass(frozen=True, kw_only=True)
-class Refinement:
-    """A second stage of training, from the weights of the first (their average, if it keeps one).
-
-    With large batches and a small learning rate it finds what the noise of single updates hides, such as a turn of the
-    state that is a third of a degree too far.
-
-    Attributes:
-        training: of this stage, with a new state of the optimiser; its seed is that of the first.
-        batch_size: samples of a step, which come from the tested task.
-        trained: smallest and largest size in this stage.
-    """
-
-    training: TrainingConfig
-    batch_size: int
-    trained: tuple[int, int]
+from hqlt.training.loop import Metrics, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +26,6 @@ class SyntheticRecipe:
         batch_size: samples of a training step.
         practice: the task that training draws from, if another than the tested one; of the same vocabulary.
         equal_sizes: whether all samples of a step have one size, drawn anew for each step, so that none is padded.
-        refinement: a second stage; None: there is one only.
         trained: smallest and largest size in training.
         bands: (first, last) size of each part of the validation and test samples.
         validation_samples: in each band, at every evaluation while training.
@@ -62,7 +42,6 @@ class SyntheticRecipe:
     tested_from: int | None = None
     practice: str | None = None
     equal_sizes: bool = False
-    refinement: Refinement | None = None
 
     def __post_init__(self) -> None:
         curriculum = self.training.curriculum
@@ -73,41 +52,10 @@ class SyntheticRecipe:
         if self.practice is not None and TASKS[self.practice].vocab_size != TASKS[self.task].vocab_size:
             raise ValueError(f"practice={self.practice!r} has another vocabulary than task={self.task!r}")
 
-    @property
-    def stages(self) -> tuple[SyntheticRecipe, ...]:
-        """One recipe for each stage."""
-        first = replace(self, refinement=None)
-        if self.refinement is None:
-            return (first,)
-        second = replace(
-            first,
-            training=replace(self.refinement.training, seed=self.training.seed),
-            batch_size=self.refinement.batch_size,
-            trained=self.refinement.trained,
-            practice=None,
-        )
-        return first, second
-
     def build(self) -> LanguageModel:
         """The model with the initial weights of the training's seed."""
         torch.manual_seed(self.training.seed)
         return LanguageModel(self.model)
-
-
-def train_stages(
-    model: LanguageModel, recipe: SyntheticRecipe, directory: Path, label: str, position: int = 0
-) -> list[Metrics]:
-    """Train all stages of a recipe, or go on with them; arguments, rows and errors as :func:`hqlt.training.loop.train`.
-
-    The second stage has the folder ``refinement`` of its own. Its rows count steps, tokens and seconds on.
-    """
-    rows: list[Metrics] = []
-    stages = zip(recipe.stages, (directory, directory / "refinement"), (label, f"{label} refinement"), strict=False)
-    for stage, folder, name in stages:
-        before = rows[-1] if rows else {"step": 0, "tokens": 0, "seconds": 0.0}
-        found = train(model, synthetic_task(stage), stage.training, folder, name, position)
-        rows += [{**row, **{key: row[key] + before[key] for key in ("step", "tokens", "seconds")}} for row in found]
-    return rows
 
 
 def synthetic_task(recipe: SyntheticRecipe) -> Task:

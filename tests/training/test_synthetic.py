@@ -1,8 +1,6 @@
 """Training on synthetic tasks."""
 
 from dataclasses import replace
-from itertools import pairwise
-from unittest.mock import ANY
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from hqlt import MemoryConfig, ModelConfig
 from hqlt.tasks import TASKS
 from hqlt.tasks.synthetic import BandAccuracy
 from hqlt.training import Curriculum, TrainingConfig, evaluate, train
-from hqlt.training.synthetic import Refinement, SyntheticRecipe, band_name, overall, synthetic_task, train_stages
+from hqlt.training.synthetic import SyntheticRecipe, band_name, overall, synthetic_task
 
 RECIPE = SyntheticRecipe(
     task="parity",
@@ -66,41 +64,6 @@ def test_accuracy_is_measured_by_band_and_over_those_that_are_tested(tmp_path):
     weighted = (5 * again["accuracy"]["21-25"] + again["accuracy"]["26"]) / 6
     assert again["normalised_accuracy"] == pytest.approx(2 * weighted - 100)
     assert "normalised_accuracy" not in evaluate(model, synthetic_task(replace(recipe, tested_from=None)))
-
-
-def test_a_refinement_goes_on_from_the_average_on_the_tested_task(tmp_path):
-    first = replace(RECIPE.training, averaging=0.5)
-    second = TrainingConfig(
-        steps=4, learning_rate=1e-3, warmup_steps=1, weight_decay=0.0, averaging=0.9, evaluate_every=2
-    )
-    recipe = replace(
-        RECIPE,
-        training=first,
-        practice="parity",
-        refinement=Refinement(training=second, batch_size=50, trained=(9, 12)),
-    )
-    model = recipe.build()
-    rows = train_stages(model, recipe, tmp_path / "run", "test")
-    assert [row["step"] for row in rows] == [3, 6, 8, 10]
-    assert all(row["seconds"] > before["seconds"] for before, row in pairwise(rows))
-
-    expected = recipe.build()
-    alone = replace(recipe, refinement=None)
-    assert train_stages(expected, alone, tmp_path / "first", "test") == [
-        {**row, "seconds": ANY, "tokens_per_second": ANY} for row in rows[:2]
-    ]
-    large = replace(alone, batch_size=50, trained=(9, 12), practice=None, training=replace(second, seed=4))
-    assert recipe.stages == (alone, large)
-    sizes = {longest(synthetic_task(large).batch(4, step)) for step in range(9)}
-    assert min(sizes) >= 9
-    assert max(sizes) == 12
-    after = train(expected, synthetic_task(large), large.training, tmp_path / "second", "test")
-    assert [row["tokens"] + rows[1]["tokens"] for row in after] == [row["tokens"] for row in rows[2:]]
-    assert all(torch.equal(model.state_dict()[name], x) for name, x in expected.state_dict().items())
-
-    again = recipe.build()
-    assert train_stages(again, recipe, tmp_path / "run", "test") == rows
-    assert all(torch.equal(again.state_dict()[name], x) for name, x in expected.state_dict().items())
 
 
 def test_weights_are_those_of_the_seed():
