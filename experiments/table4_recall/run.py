@@ -26,7 +26,7 @@ def main() -> int:
         nargs="+",
         choices=MODELS,
         default=["window_attention", "delayed_streaming", "synchronous"],
-        help="default: %(default)s; transformer and deltanet have no window, so that one task is enough for them",
+        help="default: %(default)s; transformer and deltanet have no window, so that one of window_16 to 256 is enough",
     )
     parser.add_argument("--learning-rates", nargs="+", type=float, help="default: that of the preset")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="default: 0 1")

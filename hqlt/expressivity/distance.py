@@ -57,12 +57,10 @@ def distance_figures(rows: list[Row]) -> dict[str, Figure]:
 def _cells(rows: list[Row]) -> Iterator[tuple[int, str, str, list[Row]]]:
     """Window, model, lesion and rows; a model without a window stands beside every window of its task."""
     by_setting = {name: selected(rows, RECALL, name) for name in PRESETS[RECALL]}
-    windowless: dict[str, dict[str, list[Row]]] = {}
-    for name, cells in by_setting.items():
-        alone = {model: found for model, found in cells.items() if model in WINDOWLESS}
-        windowless.setdefault(PRESETS[RECALL][name].task, {}).update(alone)
     for name, cells in by_setting.items():
         setting = PRESETS[RECALL][name]
-        for model, found in (windowless[setting.task] | cells).items():
+        same_task = [of for other, of in by_setting.items() if PRESETS[RECALL][other].task == setting.task]
+        windowless = {model: found for of in same_task for model, found in of.items() if model in WINDOWLESS}
+        for model, found in (windowless | cells).items():
             for lesion in found[0]["by_distance"] if cells else ():
                 yield setting.memory.window or 0, model, lesion, found
