@@ -1,7 +1,7 @@
 """Tasks: where batches come from."""
 
 from hqlt.tasks.formal import FORMAL_TASKS
-from hqlt.tasks.recall import mqar_task, state_based_recall_task
+from hqlt.tasks.recall import growing_mqar_task, mqar_task, state_based_recall_task
 from hqlt.tasks.synthetic import SyntheticTask
 
 TASKS: dict[str, SyntheticTask] = {
@@ -9,5 +9,7 @@ TASKS: dict[str, SyntheticTask] = {
     "mqar": mqar_task(32, vocab_size=128),
     "mqar_far": mqar_task(16, vocab_size=128, length=512, power=1.0),
     "mqar_far_2048": mqar_task(16, vocab_size=128, length=2048, power=1.0),
+    "mqar_growing": growing_mqar_task(16, 32, vocab_size=128),
+    "mqar_growing_2048": growing_mqar_task(16, 128, vocab_size=128),
     "state_based_recall": state_based_recall_task(),
 }

@@ -132,6 +132,21 @@ def mqar_task(pairs: int, *, vocab_size: int = 512, length: int | None = None, p
     return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs", normalise=False)
 
 
+def growing_mqar_task(pairs: int, unit: int, *, vocab_size: int = 512, power: float = 1.0) -> SyntheticTask:
+    """:func:`mqar_task` in sequences that grow: practice in which what is near comes before what is far.
+
+    Its size is the length in units of so many tokens, the largest asked for. The number of pairs is drawn once for a
+    whole batch from 1 to ``pairs``, or to as many as fit, so that short sequences are full of questions.
+    """
+
+    def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
+        length = unit * longest
+        drawn = int(torch.randint(1, min(pairs, length // 4) + 1, (), generator=generator))
+        return associative_recall(count, drawn, length, generator, vocab_size=vocab_size, power=power, fill=False)
+
+    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="length", normalise=False)
+
+
 def state_based_recall_task(queries: int = 16, *, keys: int = 64, values: int = 16, states: int = 2) -> SyntheticTask:
     """:func:`state_based_recall` of as many records as moves; that is its size, drawn once for a whole batch.
 
