@@ -160,9 +160,8 @@ _CPU_MQAR = replace(
 _CPU_FAR = replace(
     _CPU_MQAR.with_memory(num_heads=2),
     task="mqar_far",
-    # Attention learns to look up what is near first, or not at all: in sequences that begin at their full length,
-    # with a question in thirty tokens, it does not begin to.
-    practice="mqar_growing",
+    # Sequences grow from 64 to 512 tokens: attention looks up what is near first, and does not begin to where two
+    # questions stand among 512 tokens.
     training=replace(_CPU_MQAR.training, curriculum=Curriculum(start=2, stop=16, step=1, between=(100, 600))),
     batch_size=16,
     trained=(1, 16),
@@ -176,7 +175,6 @@ _CPU_FAR = replace(
 _CPU_FARTHER = replace(
     _CPU_FAR,
     task="mqar_far_2048",
-    practice="mqar_growing_2048",
     training=replace(_CPU_FAR.training, curriculum=Curriculum(start=1, stop=16, step=1, between=(100, 600))),
     batch_size=8,
     distances=(*_CPU_FAR.distances, 1024, 2048),

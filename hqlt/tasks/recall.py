@@ -117,34 +117,22 @@ def state_based_recall(
     return input_ids, targets
 
 
-def mqar_task(pairs: int, *, vocab_size: int = 512, length: int | None = None, power: float = 0.01) -> SyntheticTask:
-    """Multi-query associative recall of up to ``pairs`` pairs in sequences of ``length`` tokens (4·pairs by default).
+def mqar_task(
+    pairs: int, *, vocab_size: int = 512, tokens_per_pair: int | None = None, power: float = 0.01
+) -> SyntheticTask:
+    """Multi-query associative recall of up to ``pairs`` pairs, which are its size, in sequences of 4·pairs tokens.
 
-    Its size is the pairs. Their number is drawn once for a whole batch; what lies between the questions is 0; ``power``
-    is that of :func:`associative_recall`.
+    The number of pairs is drawn once for a whole batch; what lies between the questions is 0; ``power`` is that of
+    :func:`associative_recall`. With ``tokens_per_pair``, the sequences have so many tokens for each of the most pairs
+    that a batch may have, and grow with a curriculum.
     """
-    whole = 4 * pairs if length is None else length
 
     def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
         drawn = int(torch.randint(shortest, longest + 1, (), generator=generator))
-        return associative_recall(count, drawn, whole, generator, vocab_size=vocab_size, power=power, fill=False)
-
-    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs", normalise=False)
-
-
-def growing_mqar_task(pairs: int, unit: int, *, vocab_size: int = 512, power: float = 1.0) -> SyntheticTask:
-    """:func:`mqar_task` in sequences that grow: practice in which what is near comes before what is far.
-
-    Its size is the length in units of so many tokens, the largest asked for. The number of pairs is drawn once for a
-    whole batch from 1 to ``pairs``, or to as many as fit, so that short sequences are full of questions.
-    """
-
-    def sample(count: int, shortest: int, longest: int, generator: torch.Generator) -> Batch:
-        length = unit * longest
-        drawn = int(torch.randint(1, min(pairs, length // 4) + 1, (), generator=generator))
+        length = 4 * pairs if tokens_per_pair is None else tokens_per_pair * longest
         return associative_recall(count, drawn, length, generator, vocab_size=vocab_size, power=power, fill=False)
 
-    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="length", normalise=False)
+    return SyntheticTask(sample, vocab_size, vocab_size - vocab_size // 2, 1, size="pairs", normalise=False)
 
 
 def state_based_recall_task(queries: int = 16, *, keys: int = 64, values: int = 16, states: int = 2) -> SyntheticTask:
