@@ -162,7 +162,9 @@ _CPU_FAR = replace(
     task="mqar_far",
     # Sequences grow from 64 to 512 tokens: attention looks up what is near first, and does not begin to where two
     # questions stand among 512 tokens.
-    training=replace(_CPU_MQAR.training, curriculum=Curriculum(start=2, stop=16, step=1, between=(100, 600))),
+    training=replace(
+        _CPU_MQAR.training, steps=2000, curriculum=Curriculum(start=2, stop=16, step=1, between=(200, 1200))
+    ),
     batch_size=16,
     trained=(1, 16),
     tested=(1, 16),
@@ -175,7 +177,7 @@ _CPU_FAR = replace(
 _CPU_FARTHER = replace(
     _CPU_FAR,
     task="mqar_far_2048",
-    training=replace(_CPU_FAR.training, curriculum=Curriculum(start=1, stop=16, step=1, between=(100, 600))),
+    training=replace(_CPU_FAR.training, curriculum=Curriculum(start=1, stop=16, step=1, between=(200, 1200))),
     batch_size=8,
     distances=(*_CPU_FAR.distances, 1024, 2048),
 )
