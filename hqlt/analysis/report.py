@@ -170,6 +170,7 @@ def plot_bands(panels: dict[str, dict[str, Band]], x_label: str) -> Figure:
         panels: curves by name, by the label of the panel's own y axis.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     figure = Figure(figsize=(3.6 * len(panels) + 1.8, 3.4), layout="constrained")
@@ -181,7 +182,7 @@ def plot_bands(panels: dict[str, dict[str, Band]], x_label: str) -> Figure:
             style = _style(names.index(name))
             (lines[name],) = axes.plot(x, y, **style)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_formatter(EngFormatter(sep="\N{THIN SPACE}"))  # 4 M: long numbers run into one another
         axes.set_ylabel(label, fontsize=10)
         axes.grid(alpha=0.25)
     figure.supxlabel(x_label, fontsize=10)
