@@ -157,14 +157,12 @@ _CPU_MQAR = replace(
     tested=(1, 32),
     bands=8,
 )
+# Attention looks up what is near first, and does not begin to where two questions stand among 512 tokens.
+_GROWING = Curriculum(start=2, stop=16, step=1, between=(200, 1200))
 _CPU_FAR = replace(
     _CPU_MQAR.with_memory(num_heads=2),
     task="mqar_far",
-    # Sequences grow from 64 to 512 tokens: attention looks up what is near first, and does not begin to where two
-    # questions stand among 512 tokens.
-    training=replace(
-        _CPU_MQAR.training, steps=2000, curriculum=Curriculum(start=2, stop=16, step=1, between=(200, 1200))
-    ),
+    training=replace(_CPU_MQAR.training, steps=2000, curriculum=_GROWING),  # from 64 to 512 tokens
     batch_size=16,
     trained=(1, 16),
     tested=(1, 16),
@@ -177,7 +175,7 @@ _CPU_FAR = replace(
 _CPU_FARTHER = replace(
     _CPU_FAR,
     task="mqar_far_2048",
-    training=replace(_CPU_FAR.training, curriculum=Curriculum(start=1, stop=16, step=1, between=(200, 1200))),
+    training=replace(_CPU_FAR.training, curriculum=replace(_GROWING, start=1)),  # from 128 to 2048 tokens
     batch_size=8,
     distances=(*_CPU_FAR.distances, 1024, 2048),
 )
