@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import string
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,8 +160,38 @@ def practice(document: Document, generator: random.Random, longest: int, asked: 
     told = Document(document.name, document.fields[first:]).text[:size]
     whole = Document(document.name, document.fields[first : first + told.count("\n")])
     fields = whole.askable()
-    chosen = [whole.fields[n] for n in generator.sample(fields, min(asked, len(fields)))]
-    return told + "".join(f"{question(key)} {value}\n" for key, value in chosen)
+    return told + _answered([whole.fields[n] for n in generator.sample(fields, min(asked, len(fields)))])
+
+
+def vocabulary(documents: list[Document]) -> list[str]:
+    """The words of keys and values, in order; what stands between spaces, without punctuation around it."""
+    texts = (text for document in documents for field in document.fields for text in field)
+    return sorted({word.strip(string.punctuation) for text in texts for word in text.split()} - {""})
+
+
+def drill(words: list[str], generator: random.Random, longest: int, rounds: int = 4) -> str:
+    """A made-up list of facts, all of which are then asked for ``rounds`` times, each time in another order.
+
+    Keys have one to three random words and values one to four, so that nothing but the list tells an answer: most of
+    what such a text says can be known by looking it up, and by nothing else.
+
+    Args:
+        words: to make facts of.
+        longest: characters of the text, about; it has two facts at least, and its length is drawn evenly on a
+            logarithmic scale.
+    """
+    facts: dict[str, str] = {}
+    room, used = longest ** generator.random(), 0
+    while len(facts) < 2 or used < room:
+        key, value = (" ".join(generator.choices(words, k=generator.randint(1, most))) for most in (3, 4))
+        facts[key] = value
+        used += (rounds + 1) * len(line(key, value))
+    asked = "".join(_answered(generator.sample(list(facts.items()), len(facts))) for _ in range(rounds))
+    return "".join(line(*fact) for fact in facts.items()) + asked
+
+
+def _answered(facts: list[tuple[str, str]]) -> str:
+    return "".join(f"{question(key)} {value}\n" for key, value in facts)
 
 
 def divided(documents: list[Document], seed: int, shares: tuple[float, ...]) -> list[list[Document]]:

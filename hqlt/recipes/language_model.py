@@ -94,12 +94,15 @@ CPU_ABLATIONS: dict[str, Change] = {
 }
 
 
-def _cpu(change: Change, vocab_size: int = 256) -> LanguageRecipe:
-    """A million parameters beside embedding and head, the same for all by the width of the MLP."""
-    config = ModelConfig(vocab_size=vocab_size, num_hidden_layers=4, memory=_CPU_MEMORY, intermediate_size=448)
+_CPU_MODEL = ModelConfig(vocab_size=256, num_hidden_layers=4, memory=_CPU_MEMORY, intermediate_size=448)
+
+
+def _cpu(change: Change, vocab_size: int = 256, model: ModelConfig = _CPU_MODEL) -> LanguageRecipe:
+    """A quarter of a million parameters a layer beside embedding and head, the same for all by the width of the MLP."""
+    config = replace(model, vocab_size=vocab_size)
     training = TrainingConfig(steps=1000, learning_rate=3e-3, warmup_steps=50, evaluate_every=100)
     return LanguageRecipe(
-        model=matched(replace(config, memory=change(_CPU_MEMORY)), config),
+        model=matched(replace(config, memory=change(config.memory)), config),
         training=training,
         batch_size=8,
         length=512,
@@ -119,9 +122,20 @@ RECALL_MODELS: dict[str, Change] = {
 }
 
 
+_RECALL_MODEL = replace(
+    _CPU_MODEL,
+    num_hidden_layers=2,
+    memory=replace(_CPU_MEMORY, short_convolution=True),
+    conv_initializer_range=0.3,
+)
+
+
 def _recall(change: Change, vocab_size: int = 256) -> LanguageRecipe:
-    """The small model with rows that hold a fact, 2048 tokens after it and a question about it."""
-    return _cpu(change, vocab_size).scaled(length=2304, batch_size=2, packing="isolated")
+    """A small model with rows that hold a fact, 2048 tokens after it and a question about it.
+
+    What follows a key can be looked up once a layer knows the token before each; the short convolutions tell it.
+    """
+    return _cpu(change, vocab_size, _RECALL_MODEL).scaled(length=2304, batch_size=2, packing="isolated", steps=3000)
 
 
 LANGUAGE_MODELS: dict[str, Callable[..., LanguageRecipe]] = {
