@@ -11,12 +11,14 @@ import torch
 from hqlt.evaluation.factbook import (
     Document,
     divided,
+    drill,
     line,
     practice,
     prompt_around,
     question,
     questions,
     read_documents,
+    vocabulary,
 )
 from hqlt.evaluation.positions import bins, perplexity_by_position, position_nats
 from hqlt.evaluation.recall import document_recall, kv_recall, mqar_recall
@@ -86,6 +88,38 @@ def test_practice_asks_what_its_piece_tells(book):
     assert min(sizes) < 80 < 180 < max(sizes) <= 200
     assert set(counts) == {0, 1, 2, 3}
     assert practice(document, random.Random(1), 200, 3) == practice(document, random.Random(1), 200, 3)
+
+
+def test_words_are_those_of_keys_and_values():
+    documents = [Document("A", (("total area:", "1,200 (2014 est.) km"),)), Document("B", (("area", "none -- km"),))]
+    assert vocabulary(documents) == ["1,200", "2014", "area", "est", "km", "none", "total"]
+
+
+@pytest.mark.parametrize(("longest", "rounds"), [(1, 1), (400, 2), (3000, 4)])
+def test_a_drill_asks_for_all_it_tells_in_other_orders(longest, rounds):
+    words = [f"{a}{b}" for a in "abcdefgh" for b in "abcdefgh"]
+    generator, sizes, orders = random.Random(0), [], set()
+    for _ in range(100):
+        text = drill(words, generator, longest, rounds)
+        lines = [line for line in text.split("\n") if line]
+        count = len(lines) // (rounds + 1)
+        told, *asked = [lines[n : n + count] for n in range(0, len(lines), count)]
+        assert len(told) == len(set(told)) == len({line.split(": ")[0] for line in told}) >= 2
+        assert len(asked) == rounds
+        assert all(sorted(again) == sorted(told) for again in asked)
+        assert text == "\n".join(told) + "\n" + "".join(f"\n{line}\n" for again in asked for line in again)
+        for key, value in (line.split(": ") for line in told):
+            assert 1 <= len(key.split()) <= 3
+            assert 1 <= len(value.split()) <= 4
+            assert {*key.split(), *value.split()} <= set(words)
+        sizes.append(len(text))
+        orders |= {tuple(told.index(line) for line in again) for again in asked}
+    longest_fact = (rounds + 1) * (7 * 3 + 3)
+    assert max(sizes) < max(longest, longest_fact) + longest_fact
+    assert len(orders) > 1
+    if longest == 3000:
+        assert sorted(sizes)[50] < 600 < 2000 < max(sizes)  # evenly on a logarithmic scale
+    assert drill(words, random.Random(1), longest) == drill(words, random.Random(1), longest)
 
 
 def test_documents_are_divided_without_overlap(book):

@@ -33,7 +33,8 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("recall")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(recipes, "_CPU_MEMORY", replace(recipes._CPU_MEMORY, hidden_size=16))
+        memory = replace(recipes._RECALL_MODEL.memory, hidden_size=16)
+        patch.setattr(recipes, "_RECALL_MODEL", replace(recipes._RECALL_MODEL, memory=memory))
         drawn = random.Random(0)
         with Path("facts.jsonl").open("w") as file:
             for n in range(30):
@@ -42,6 +43,7 @@ def trained(tmp_path_factory):
                 ]
                 file.write(json.dumps({"name": f"Land {n}", "fields": fields}) + "\n")
         assert call(patch, "prepare", "facts.jsonl", "--output", "texts", "--texts", 5, "--longest", 200) == 0
+        assert call(patch, "prepare", "facts.jsonl", "--output", "plain", "--texts", 5, "--lists", 0) == 0
         for part in ("train", "validation"):
             prepare = ["data", "prepare", f"texts/{part}.jsonl", "--output", part, "--tokenizer", "bytes"]
             assert main([*prepare, "--workers", "1"]) == 0
@@ -52,13 +54,30 @@ def trained(tmp_path_factory):
 
 
 def test_texts_and_questions_are_of_different_documents(trained):
-    texts = [json.loads(line)["text"] for line in (trained / "texts" / "train.jsonl").read_text().splitlines()]
     held = [json.loads(line) for line in (trained / "texts" / "test.jsonl").read_text().splitlines()]
     everything = [json.loads(line) for line in (trained / "facts.jsonl").read_text().splitlines()]
-    assert (len(texts), len(held)) == (23 * 5, 6)
+    lines = {f"{key.split(' / ')[-1]}: {value}" for row in everything for key, value in row["fields"]}
+
+    def texts(folder: str) -> list[str]:
+        return [json.loads(line)["text"] for line in (trained / folder / "train.jsonl").read_text().splitlines()]
+
+    pieces = [text for text in texts("texts") if text.split("\n")[0] in lines]
+    lists = [text for text in texts("texts") if text.split("\n")[0] not in lines]
+    assert (len(pieces), len(held)) == (23 * 5, 6)
+    assert 0 <= sum(map(len, lists)) - sum(map(len, pieces)) < max(map(len, lists))  # half of all characters
+    assert all(text.split("\n")[0] in lines for text in texts("plain"))
+    assert len(texts("plain")) == 23 * 5
     for row in held:
         assert row["name"] in {other["name"] for other in everything}
-        assert not any(value in text for _, value in row["fields"] for text in texts)
+        for text in [*texts("texts"), *texts("plain")]:
+            assert not any(value in text for _, value in row["fields"])
+
+
+def test_a_share_of_lists_that_cannot_be_is_refused(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "prepare", "facts.jsonl", "--output", "no", "--lists", 1)
+    assert "--lists 1.0 must be at least 0 and less than 1" in capsys.readouterr().err
 
 
 def test_from_trained_models_to_tables_and_figures(trained, tmp_path, monkeypatch, capsys):
