@@ -33,6 +33,7 @@ from hqlt.training.optimizer import make_adamw, scheduled_rate
 from hqlt.training.snapshots import Snapshots
 
 MODEL = "model"
+OWED = "owed"  # the row of an evaluation that a stop cut off, which is made when the run goes on
 NATS_PER_BIT = math.log(2)
 Row = dict[str, Any]
 
@@ -180,7 +181,7 @@ class _Run:
         if self.world.leads:
             self.journal = Journal(
                 self.directory,
-                self.step,
+                self.step - (OWED in self.progress),
                 tensorboard=self.watch.tensorboard,
                 wandb=self.watch.wandb,
                 config=self.recipe.identity,
@@ -193,11 +194,14 @@ class _Run:
         label = self.directory.name if self.world.leads else ""
         with progress_bar(label, steps, self.step, position=watch.position, silent=not self.world.leads) as bar:
             saved = self.step
-            while self.step < steps:
-                row = self._advance()
-                bar.update()
+            while self.step < steps or OWED in self.progress:
+                row = self.progress.pop(OWED, None)
+                if row is None:
+                    row = self._advance()
+                    bar.update()
                 bar.set_postfix_str(_summary(row), refresh=False)
-                self._tell(row)
+                if not self._tell(row, stop):
+                    self.progress[OWED] = row
                 self.snapshots.poll()
                 stopping = self.world.any(stop.is_set())
                 if stopping:
@@ -206,7 +210,7 @@ class _Run:
                 if stopping or self.step == steps or self.step % watch.save_every == 0:
                     self._save()
                     saved = self.step
-                if stopping and self.step < steps:
+                if stopping and (self.step < steps or OWED in self.progress):
                     self.snapshots.wait()
                     request = Interrupted(f"stopped at step {saved} of {steps}; run the same command to go on")
                     request.signal = stop.signal
@@ -301,45 +305,57 @@ class _Run:
     def _gradient_tensors(self) -> list[Tensor]:
         return [p.grad for p in self.module.parameters() if p.grad is not None]
 
-    def _tell(self, row: Row) -> None:
-        """Write a row if one is due, with an evaluation and a text if they are."""
+    def _tell(self, row: Row, stop: StopRequest) -> bool:
+        """Write a row if one is due, with an evaluation and a text if they are; whether no stop came in between."""
         steps, watch, training = self.recipe.training.steps, self.watch, self.recipe.training
         last = self.step == steps
         evaluates = self.held_out is not None and (last or self.step % training.evaluate_every == 0)
         if self.held_out is not None and evaluates:
-            row = row | self._evaluate(self.held_out)
+            found = self._evaluate(self.held_out, stop)
+            if found is None:
+                return False
+            row = row | found
         if self.journal is not None and (evaluates or last or self.step % watch.log_every == 0):
             self.journal.write(row)
         if watch.sample is not None and watch.sample_every and (last or self.step % watch.sample_every == 0):
             model = self._whole_model()
             if self.journal is not None and model is not None:
                 self.journal.say(self.step, watch.sample(model))
+        return True
 
-    def _evaluate(self, shards: TokenShards) -> Row:
-        """Bits per token and per byte of the held-out rows, shared by the processes."""
+    def _evaluate(self, shards: TokenShards, stop: StopRequest) -> Row | None:
+        """Bits per token and per byte of the held-out rows, shared by the processes; None if a stop was asked for."""
         recipe, world = self.recipe, self.world
         packing = "isolated" if recipe.packing == "isolated" else "concatenated"
         most = -(-(shards.num_tokens - 1) // recipe.length)
-        count_rows = None if self.watch.evaluate_rows is None else min(most, self.watch.evaluate_rows)
+        count_rows = min(most, self.watch.evaluate_rows or most)
         rows = rows_for_evaluation(
             shards, recipe.length, count_rows, rows_per_batch=self.engine.micro_batch, packing=packing
         )
         sums = torch.zeros(2, dtype=torch.float64)  # nats, targets
+        label, silent = f"{self.directory.name}: held-out", not world.leads
         self.module.eval()
-        with torch.no_grad():
+        with (
+            torch.no_grad(),
+            progress_bar(label, count_rows, unit="row", position=self.watch.position, silent=silent) as bar,
+        ):
             while group := list(islice(rows, world.size)):
+                if world.any(stop.is_set()):
+                    self.module.train()
+                    return None
                 # Every process makes as many calls: those without a batch of their own repeat one and count nothing.
                 batch = group[min(world.rank, len(group) - 1)]
                 loss, _ = self._loss(batch, None, 1)
                 if world.rank < len(group):
                     sums += torch.tensor([float(loss), int((batch.targets != -100).sum())], dtype=torch.float64)
+                bar.update(min(len(group) * self.engine.micro_batch, count_rows - bar.n))
         self.module.train()
         nats, count = world.sum(sums).tolist()
         bits = nats / count / NATS_PER_BIT
         whole_text = nats / NATS_PER_BIT / shards.num_bytes
         # A part of the rows is taken to have as many bytes in a token as all of them.
         part = bits * shards.num_tokens / shards.num_bytes
-        return {"bits_per_token": bits, "bits_per_byte": whole_text if count_rows in (None, most) else part}
+        return {"bits_per_token": bits, "bits_per_byte": whole_text if count_rows == most else part}
 
     def _whole_model(self) -> LanguageModel | None:
         """The model in one piece in evaluation mode, in the leading process; all processes call this."""

@@ -101,19 +101,19 @@ def test_a_drill_asks_for_all_it_tells_in_other_orders(longest, rounds):
     generator, sizes, orders = random.Random(0), [], set()
     for _ in range(100):
         text = drill(words, generator, longest, rounds)
-        lines = [line for line in text.split("\n") if line]
+        lines = [found for found in text.split("\n") if found]
         count = len(lines) // (rounds + 1)
         told, *asked = [lines[n : n + count] for n in range(0, len(lines), count)]
-        assert len(told) == len(set(told)) == len({line.split(": ")[0] for line in told}) >= 2
+        assert len(told) == len(set(told)) == len({fact.split(": ")[0] for fact in told}) >= 2
         assert len(asked) == rounds
         assert all(sorted(again) == sorted(told) for again in asked)
-        assert text == "\n".join(told) + "\n" + "".join(f"\n{line}\n" for again in asked for line in again)
-        for key, value in (line.split(": ") for line in told):
+        assert text == "\n".join(told) + "\n" + "".join(f"\n{fact}\n" for again in asked for fact in again)
+        for key, value in (fact.split(": ") for fact in told):
             assert 1 <= len(key.split()) <= 3
             assert 1 <= len(value.split()) <= 4
             assert {*key.split(), *value.split()} <= set(words)
         sizes.append(len(text))
-        orders |= {tuple(told.index(line) for line in again) for again in asked}
+        orders |= {tuple(told.index(fact) for fact in again) for again in asked}
     longest_fact = (rounds + 1) * (7 * 3 + 3)
     assert max(sizes) < max(longest, longest_fact) + longest_fact
     assert len(orders) > 1

@@ -542,6 +542,35 @@ def test_an_interruption_in_this_process_saves(tmp_path, data, monkeypatch):
     assert read_metrics(tmp_path / METRICS) == rows
 
 
+@pytest.mark.parametrize("step", [5, 20])
+def test_an_evaluation_that_is_cut_off_is_made_when_the_run_goes_on(tmp_path, data, monkeypatch, step):
+    made = recipe(evaluate_every=5)
+    whole = pretrain(made, data, data, tmp_path / "whole", ALONE, ONE, QUIET)
+    plain, calls = pretraining._Run._loss, []
+
+    def loss(self, *arguments):
+        if self.step == step and not self.module.training:
+            calls.append(step)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(pretraining._Run, "_loss", loss)
+    with pytest.raises(Interrupted, match=f"stopped at step {step} of 20"):
+        pretrain(made, data, data, tmp_path / "run", ALONE, ONE, QUIET)
+    assert len(calls) == 3  # and no more of the rows
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / METRICS)] == list(range(1, step))
+    monkeypatch.undo()
+    monkeypatch.setattr(pretraining._Run, "_advance", stopping_at(7))
+    if step == 5:  # a stop soon after, from whose checkpoint nothing is owed
+        with pytest.raises(Interrupted):
+            pretrain(made, data, data, tmp_path / "run", ALONE, ONE, QUIET)
+    monkeypatch.undo()
+    rows = pretrain(made, data, data, tmp_path / "run", ALONE, ONE, QUIET)
+    assert untimed(rows) == untimed(whole)
+    assert read_metrics(tmp_path / "run" / METRICS) == rows
+
+
 def test_weights_and_biases_has_the_rows_if_asked(tmp_path, data, monkeypatch):
     """The service is not at hand; what it is told is noted."""
     seen: list[tuple[str, object]] = []
