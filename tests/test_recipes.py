@@ -216,8 +216,8 @@ def test_published_runs_are_those_of_the_paper(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_small_models_have_one_size(name):
     recipe = language_model(name, 2048)
-    count = parameters(recipe.model)
-    assert abs(count / parameters(language_model("cpu_synchronous", 2048).model) - 1) < 0.005
+    base = "recall_synchronous_window_64" if name.startswith("recall") else "cpu_synchronous"
+    assert abs(parameters(recipe.model) / parameters(language_model(base, 2048).model) - 1) < 0.005
     assert recipe.model.vocab_size == 2048
     assert LanguageRecipe(**{f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe)}) == recipe
 
@@ -226,11 +226,14 @@ def test_small_models_have_one_size(name):
 @pytest.mark.parametrize("schedule", ["synchronous", "delayed_streaming"])
 def test_models_of_recall_differ_in_window_and_schedule(schedule, window):
     recipe, base = language_model(f"recall_{schedule}_window_{window}"), language_model("cpu_synchronous")
-    assert recipe.model.memories[0] == dataclasses.replace(base.model.memories[0], schedule=schedule, window=window)
-    assert recipe.training == base.training
+    changed = {"schedule": schedule, "window": window, "short_convolution": True}
+    assert recipe.model.memories[0] == dataclasses.replace(base.model.memories[0], **changed)
+    assert (recipe.model.num_hidden_layers, recipe.model.conv_initializer_range) == (2, 0.3)
+    assert recipe.training == dataclasses.replace(base.training, steps=3000)
     assert (recipe.length, recipe.batch_size, recipe.packing) == (2304, 2, "isolated")
     for other in ("transformer", "deltanet"):
-        assert language_model(f"recall_{other}").model == language_model(f"cpu_{other}").model
+        expected = dataclasses.replace(language_model(f"cpu_{other}").model.memories[0], short_convolution=True)
+        assert language_model(f"recall_{other}").model.memories[0] == expected
 
 
 def test_ablations_change_one_thing():
