@@ -102,7 +102,7 @@ def _cpu(change: Change, vocab_size: int = 256, model: ModelConfig = _CPU_MODEL)
     config = replace(model, vocab_size=vocab_size)
     training = TrainingConfig(steps=1000, learning_rate=3e-3, warmup_steps=50, evaluate_every=100)
     return LanguageRecipe(
-        model=matched(replace(config, memory=change(config.memory)), config),
+        model=matched(replace(config, memory=change(config.memories[0])), config),
         training=training,
         batch_size=8,
         length=512,

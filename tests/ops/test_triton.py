@@ -98,8 +98,11 @@ def test_repeated_keys_lose_no_digits() -> None:
     exact = {name: x.double() for name, x in tensors.items()}
     expected = delta_rule(**exact, feature_map="unit_silu", backend="reference")
     found = delta_rule_triton(*tensors.values(), 0.25, None, None, None, True, 64)
+    # Reflections let no rounding fade: those of 64 tokens add up, a few to a token, on each processor in another way.
+    # Lost digits would show as errors near 1.
+    tolerance = 4 * 64 * torch.finfo(torch.float32).eps
     for actual, wanted in zip(found, expected, strict=True):
-        assert_close(actual, wanted, FLOAT)
+        assert_close(actual, wanted, tolerance)
 
 
 @pytest.mark.parametrize(
